@@ -1,0 +1,3 @@
+"""A PyTorch DDP training job that can be killed at any instant and still ends with the same bits."""
+
+__version__ = "0.1.0"

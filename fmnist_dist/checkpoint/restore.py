@@ -1,0 +1,76 @@
+"""Reading checkpoints back: every byte is compared with its record before anybody uses it."""
+
+import hashlib
+from dataclasses import dataclass
+
+from fmnist_dist.checkpoint.head import Retained
+from fmnist_dist.checkpoint.lineage import Commit, commit
+from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.record import Checkpoint, DamagedRecordError
+from fmnist_dist.checkpoint.storage import MissingError, Storage
+from fmnist_dist.errors import DataDamagedError, UsageError
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint's record or one of its files is not what was saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """A checkpoint and the verified bytes of its files."""
+
+    commit: Commit
+    files: dict[str, bytes]
+
+
+def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
+    """Return one verified file. Raises `DamagedCheckpointError`."""
+    path = f"{checkpoint.folder}/{name}"
+    expected = checkpoint.files[name]
+    try:
+        data = storage.read(path)
+    except MissingError as error:
+        raise DamagedCheckpointError(f"{path} is missing") from error
+    if len(data) != expected.size:
+        raise DamagedCheckpointError(f"{path} has {len(data)} bytes, {expected.size} were saved")
+    if hashlib.sha256(data).hexdigest() != expected.sha256:
+        raise DamagedCheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one that was saved"
+        )
+    return data
+
+
+def read_checkpoint(storage: Storage, log: RunLog, retained: Retained) -> Restored:
+    """Return a retained checkpoint, whole and verified. Raises `DamagedCheckpointError`."""
+    try:
+        found = commit(log, retained.index)
+    except DamagedRecordError as error:
+        raise DamagedCheckpointError(str(error)) from error
+    files = {
+        name: read_file(storage, found.checkpoint, name) for name in sorted(found.checkpoint.files)
+    }
+    return Restored(commit=found, files=files)
+
+
+def read_newest(storage: Storage, log: RunLog, *, step: int | None = None) -> Restored:
+    """Return the newest valid checkpoint (or the one of `step`) for a reader that writes nothing.
+
+    Retention may delete a checkpoint while it is read: what is missing counts as damage only if
+    the head, read again, still retains it. Raises `UsageError` where there is no such checkpoint,
+    `DataDamagedError` where none is valid.
+    """
+    damage: dict[int, str] = {}
+    while True:
+        retained = log.read().head.checkpoints
+        wanted = [each for each in retained if step is None or each.step == step]
+        if not wanted:
+            steps = ", ".join(str(each.step) for each in retained) or "none yet"
+            raise UsageError(f"no checkpoint of step {step} in this run; there is: {steps}")
+        left = [each for each in wanted if each.index not in damage]
+        if not left:
+            raise DataDamagedError(f"no valid checkpoint is left: {'; '.join(damage.values())}")
+        try:
+            return read_checkpoint(storage, log, left[-1])
+        except DamagedCheckpointError as error:
+            if left[-1] in log.read().head.checkpoints:
+                damage[left[-1].index] = str(error)

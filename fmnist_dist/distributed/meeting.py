@@ -1,0 +1,99 @@
+"""How the ranks of one launch find each other, in a store that remembers dead attempts.
+
+torchrun keeps one TCPStore for all restarts of a launch, with every key that dead workers wrote. On
+torch 2.14.1 restarted workers that build their process group straight on it read each other's dead
+addresses and hang in most cases. So each attempt of a group meets anew, and trusts no key that the
+living have not answered:
+
+1. Rank 0 opens a store of its own on a fresh port and writes an invitation: a fresh nonce and the
+   address.
+2. Every other rank answers the newest invitation that it sees with a nonce of its own process, and
+   answers again whenever another invitation takes its place: the first may have been a dead one.
+3. When all have answered, rank 0 confirms with the list of their nonces. A rank leaves only on a
+   confirmation that names its own nonce, which no dead attempt's can.
+
+Restart counters are deliberately not used: they do not move when membership changes. No torch here.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fmnist_dist.errors import TransientError
+
+POLL_SECONDS = 0.005
+
+
+class KeyValue(Protocol):
+    """The part of a store that a meeting needs."""
+
+    def get(self, key: str) -> str | None:
+        """Return the value, or None at once where there is none."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invitation:
+    """Where rank 0's own store listens, under a name that no other attempt shares."""
+
+    nonce: str
+    host: str
+    port: int
+
+
+def host_meeting(
+    keys: KeyValue, *, world_size: int, host: str, port: int, limit_seconds: float
+) -> Invitation:
+    """Invite all other ranks, and return once each has answered. Raises `TransientError`."""
+    invitation = Invitation(nonce=secrets.token_hex(8), host=host, port=port)
+    keys.set("invitation", json.dumps([invitation.nonce, host, port]))
+    answers: dict[int, str] = {}
+
+    def all_answered() -> bool:
+        for rank in range(1, world_size):
+            answer = keys.get(f"answer/{invitation.nonce}/{rank}")
+            if answer is not None:
+                answers[rank] = answer
+        return len(answers) == world_size - 1
+
+    if not _wait(all_answered, limit_seconds):
+        missing = sorted(set(range(1, world_size)) - answers.keys())
+        raise TransientError(
+            f"ranks {missing} of {world_size} did not come to the meeting in {limit_seconds:g} s"
+        )
+    keys.set(f"confirmed/{invitation.nonce}", json.dumps(sorted(answers.values())))
+    return invitation
+
+
+def join_meeting(keys: KeyValue, *, rank: int, limit_seconds: float) -> Invitation:
+    """Answer rank 0's invitation, and return it once confirmed. Raises `TransientError`."""
+    own = secrets.token_hex(8)
+    found: list[Invitation] = []
+
+    def confirmed() -> bool:
+        text = keys.get("invitation")
+        if text is None:
+            return False
+        nonce, host, port = json.loads(text)
+        if not found or found[-1].nonce != nonce:
+            found.append(Invitation(nonce=nonce, host=host, port=port))
+            keys.set(f"answer/{nonce}/{rank}", own)
+        names = keys.get(f"confirmed/{nonce}")
+        return names is not None and own in json.loads(names)
+
+    if not _wait(confirmed, limit_seconds):
+        raise TransientError(f"rank 0 did not call rank {rank} to a meeting in {limit_seconds:g} s")
+    return found[-1]
+
+
+def _wait(condition: Callable[[], bool], limit_seconds: float) -> bool:
+    deadline = time.monotonic() + limit_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True

@@ -1,0 +1,29 @@
+"""What a worker process arranges with its parent: it must not outlive a killed launcher."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(environ: Mapping[str, str]) -> None:
+    """Have the kernel kill this process when the agent that launched it dies (Linux).
+
+    torchrun starts workers in their own session and without a parent-death signal: SIGKILL of the
+    agent would leave ranks that hold memory and can still write. A process that nobody launched
+    (`python -m`, perhaps under nohup) is left alone. Call it first, before slow imports.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")
+    # The parent may have died before the request stood: then no signal will ever come. (Had it died
+    # before this function, its store is gone with it, and the meeting ends at its limit.)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,211 @@
+"""One training step over all logical shards, up to but without the optimizer's update.
+
+A rank computes its shards one after the other. Each begins with the step's committed buffers and
+randomness keyed by (seed, step, shard), and has a size that depends on the batch alone, so its
+kernels do the same work wherever it runs. What the shards add up to is one tree's sum (`tree`).
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from fmnist_dist import keys, plan
+from fmnist_dist.distributed.reduce import GradientTree, Layout, PendingSums, StepSums
+from fmnist_dist.distributed.tree import Carry
+from fmnist_dist.distributed.world import World
+from fmnist_dist.plan import shard_bounds, shards_of_rank
+from fmnist_dist.state import StepResult
+
+
+class Samples(Protocol):
+    """What a gather returns for one shard."""
+
+    @property
+    def images(self) -> Tensor: ...  # float32 [B, C, H, W]
+    @property
+    def labels(self) -> Tensor: ...  # int64 [B]
+    @property
+    def identity(self) -> Tensor: ...  # int64 [B, 2]
+
+
+# torch 2.14 renamed the argument; the old name warns.
+_RENAMED = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+_NO_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if _RENAMED else "broadcast_buffers": False,
+}
+
+Gather = Callable[[plan.Step, int, int], Samples]  # samples [start, stop) of the global batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A finished step, not yet committed, and whether any rank has been asked to stop."""
+
+    result: StepResult
+    stop: bool
+
+
+class ShardedStep:
+    """Computes steps of one model, with gradients summed over the world."""
+
+    def __init__(
+        self, model: nn.Module, world: World, *, logical_shards: int, precision: str, seed: int
+    ) -> None:
+        layout = Layout(world_size=world.size, logical_shards=logical_shards)
+        self._world = world
+        self._logical_shards = logical_shards
+        self._shards = shards_of_rank(
+            world.rank, world_size=world.size, logical_shards=logical_shards
+        )
+        self._seed = seed
+        self._model = model
+        self._ddp = DistributedDataParallel(
+            _Loss(model, precision=precision, device=world.device),
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            **_NO_BUFFERS,  # shards begin with the committed ones, alike on every rank
+        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._gradients = GradientTree(trained, layout)
+        self._ddp.register_comm_hook(None, self._gradients.hook)
+        self._sums = StepSums(layout)
+        self._buffers = _Buffers(model)
+
+    def __call__(self, step: plan.Step, gather: Gather, *, stop: bool) -> Outcome:
+        """Run forward and backward of one step; gradients are left in the parameters."""
+        bounds = shard_bounds(step.size, logical_shards=self._logical_shards)
+        integers = torch.zeros(_INTEGERS + self._buffers.num_integers, dtype=torch.int64)
+        floats: Carry[Tensor] = Carry(leaves=self._logical_shards, add=torch.add)
+        self._buffers.hold()
+        self._gradients.begin(self._shards)
+        pending: PendingSums | None = None
+        for shard in self._shards:
+            last = shard == self._shards[-1]
+            start, stop_at = bounds[shard]
+            with nullcontext() if last else self._ddp.no_sync():
+                samples = gather(step, start, stop_at)
+                self._seed_dropout(step.step, shard)
+                loss, correct = self._ddp(
+                    samples.images, samples.labels, step.settings.label_smoothing, step.size
+                )
+                weight = (stop_at - start) / step.size
+                floats.push(shard, torch.cat([loss.detach().view(1), self._buffers.take(weight)]))
+                integers[:_INTEGERS] += torch.stack(
+                    [
+                        torch.tensor(0),
+                        torch.tensor(stop_at - start),
+                        correct.cpu(),
+                        *samples.identity.sum(dim=0).cpu(),
+                    ]
+                )
+                if shard == 0:
+                    integers[_INTEGERS:] = self._buffers.integers()
+                if last:
+                    # Beside the backward pass: nothing of it depends on gradients.
+                    integers[0] = int(stop)
+                    pending = self._sums.start(floats, integers.to(self._world.device))
+                    self._gradients.ready()
+                loss.backward()
+            self._buffers.restore()
+            if not last:
+                self._gradients.push(shard)
+        assert pending is not None
+        return self._outcome(*pending.wait())
+
+    def close(self) -> None:
+        self._gradients.close()
+
+    def _outcome(self, floats: Tensor, integers: Tensor) -> Outcome:
+        asked, count, correct, first, second = integers[:_INTEGERS].tolist()
+        result = StepResult(
+            loss=float(floats[0]),
+            correct=correct,
+            count=count,
+            digest=(first, second),
+            buffers=self._buffers.committed(floats[1:], integers[_INTEGERS:]),
+        )
+        return Outcome(result=result, stop=asked > 0)
+
+    def _seed_dropout(self, step: int, shard: int) -> None:
+        key = keys.key(keys.Stream.DROPOUT, self._seed, step, shard) >> 1
+        torch.default_generator.manual_seed(key)
+        if self._world.device.type == "cuda":  # not run here
+            torch.cuda.manual_seed(key)
+
+
+_INTEGERS = 5  # stop, samples, correct, digest lanes
+
+
+class _Loss(nn.Module):
+    """The model with its loss, so that the forward pass goes through DDP as a whole."""
+
+    def __init__(self, model: nn.Module, *, precision: str, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self._autocast = precision == "bf16"
+        self._device_type = device.type
+
+    def forward(
+        self, images: Tensor, labels: Tensor, label_smoothing: float, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the shard's share of the global batch's mean loss, and its correct predictions."""
+        if len(labels) == 0:
+            # An empty shard adds zero, to every parameter, and normalises nothing.
+            zero = torch.stack([p.sum() * 0.0 for p in self.parameters()]).sum()
+            return zero, labels.new_zeros(())
+        with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._autocast):
+            logits = self.model(images)
+        loss = cross_entropy(
+            logits.float(), labels, reduction="sum", label_smoothing=label_smoothing
+        )
+        return loss / batch_size, (logits.argmax(dim=1) == labels).sum()
+
+
+class _Buffers:
+    """The model's buffers: scratch while shards run, a weighted mean when the step is committed.
+
+    The mean is taken of differences from the committed value, so that a buffer that no shard
+    changes keeps its bits. Integer buffers are not averaged: they become what shard 0, which is
+    never empty, left.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._all = list(model.buffers())
+        self._floats = [b for b in self._all if b.is_floating_point()]
+        self._integers = [b for b in self._all if not b.is_floating_point()]
+        self._held: list[Tensor] = []
+        self.num_integers = sum(b.numel() for b in self._integers)
+
+    def hold(self) -> None:
+        self._held = [buffer.clone() for buffer in self._all]
+        self._held_floats = _flat([h for h in self._held if h.is_floating_point()])
+
+    def take(self, weight: float) -> Tensor:
+        """Return the shard's weighted change of the floating-point buffers, float32 [f]."""
+        return (_flat(self._floats) - self._held_floats) * weight
+
+    def integers(self) -> Tensor:
+        return _flat(self._integers).to("cpu", torch.int64)
+
+    def restore(self) -> None:
+        for buffer, held in zip(self._all, self._held, strict=True):
+            buffer.copy_(held)
+
+    def committed(self, change: Tensor, integers: Tensor) -> list[Tensor]:
+        """Return the new buffers, in the order of `model.buffers()`."""
+        floats = iter((self._held_floats + change).split_with_sizes([b.numel() for b in self._floats]))
+        whole = iter(integers.split_with_sizes([b.numel() for b in self._integers]))
+        return [
+            next(floats if buffer.is_floating_point() else whole).view_as(buffer)
+            for buffer in self._all
+        ]
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)

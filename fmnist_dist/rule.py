@@ -1,0 +1,121 @@
+"""What one setting may hold: its type, choices and limits, read from a field's annotation.
+
+`Config` asks its rules about every field; a rule accepts a value or says in one line what is wrong.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from cyclopts import UNSET, Group, Parameter, Token
+
+from fmnist_dist.errors import UsageError
+from fmnist_dist.usage import did_you_mean, shown
+
+_INTEGERS_END = 2**63  # what fits into TOML's integers, every reader's of the log, and NumPy's
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class InvalidSettingError(UsageError):
+    """A setting holds what it cannot hold; `other` is a second one with which it does not agree."""
+
+    def __init__(self, name: str, problem: str, *, other: str | None = None) -> None:
+        super().__init__(f"{name}: {problem}")
+        self.name = name
+        self.problem = problem
+        self.other = other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a value of the right type must fulfil besides, and how to say so."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Limit(expected=" above 0", holds=lambda value: value > 0)
+NOT_NEGATIVE = Limit(expected=" of at least 0", holds=lambda value: value >= 0)
+FRACTION = Limit(expected=" of at least 0 and below 1", holds=lambda value: 0 <= value < 1)
+LOCAL = Limit(
+    expected=" on a local disk or a file:// URL; object storage is not in this version",
+    holds=lambda value: "://" not in value.removeprefix("file://") and value != "file://",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What one setting may hold."""
+
+    kind: Any  # bool, int, float, str or Path
+    optional: bool
+    choices: tuple[str, ...]  # empty: any value within the limit
+    limit: Limit | None
+
+    def accept(self, name: str, value: object) -> object:
+        """Return a value in the setting's own type. Raises InvalidSettingError."""
+        if self.optional and (value is None or value == "none"):
+            return None
+        if self.kind is Path and type(value) is str and value:
+            value = Path(value)
+        # Exact types: a bool is an int to Python, not to a user. float() of 10**400 would overflow.
+        if self.kind is float and type(value) is int and abs(value) < _INTEGERS_END:
+            value = float(value)
+        fits = isinstance(value, Path) if self.kind is Path else type(value) is self.kind
+        if not fits or not self._allows(value):
+            expected = self._expected(value)
+            raise InvalidSettingError(name, f"found {shown(value)}, expected {expected}")
+        return value
+
+    def _allows(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, int) and value >= _INTEGERS_END:
+            return False
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if isinstance(value, str | Path) and (not str(value) or not str(value).isprintable()):
+            return False  # lone surrogates too, which no log in JSON could hold
+        return self.limit is None or self.limit.holds(value)
+
+    def _expected(self, value: object) -> str:
+        hint = did_you_mean(value, self.choices) if isinstance(value, str) else ""
+        what = " or ".join(self.choices) or _KINDS.get(self.kind, "a path")
+        limit = self.limit.expected if self.limit is not None else ""
+        end = " and below 2**63" if isinstance(value, int) and value >= _INTEGERS_END else ""
+        return f"{what}{limit}{end}{' or none' if self.optional else ''}{hint}"
+
+
+def rule_of(hint: Any) -> Rule:
+    """Return the rule of a field annotated as `Annotated[type, Limit, flag(...)]`."""
+    annotated, *notes = get_args(hint)
+    literal = get_origin(annotated) is Literal
+    members = [kind for kind in get_args(annotated) or (annotated,) if kind is not NoneType]
+    return Rule(
+        kind=str if literal else members[0],
+        optional=NoneType in get_args(annotated),
+        choices=get_args(annotated) if literal else (),
+        limit=next((note for note in notes if isinstance(note, Limit)), None),
+    )
+
+
+def flag(group: Group, text: str, metavar: str | None = None) -> Parameter:
+    """Return how a setting looks on the command line; its metavar is its unit."""
+    return Parameter(group=group, help=text, metavar=metavar, converter=_from_tokens)
+
+
+def _from_tokens(kind: Any, tokens: tuple[Token, ...]) -> object:
+    """Read text as `kind`; text that cannot be read stays text, for the rule to refuse."""
+    value, text = tokens[-1].implicit_value, tokens[-1].value
+    if value is not UNSET:
+        return value  # from TOML, where values have types
+    if kind is bool:
+        return _BOOLEANS.get(text.lower(), text)
+    try:
+        return kind(text) if kind in {int, float} else text
+    except ValueError:
+        return text
