@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from fmnist_dist.distributed.tree import Carry, Node, combine, owned
 from fmnist_dist.plan import shards_of_rank
 
+# torch 2.14 renamed it; the old name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 _GATHER_UP_TO = 4  # above this world size an all-gather of whole partial sums moves too much
 
 
@@ -112,10 +115,13 @@ class GradientTree:
 
     def _gather(self, rows: Tensor) -> torch.futures.Future[Tensor]:
         """All ranks get all partial sums and add them alike: one collective."""
-        gathered = rows.new_empty(self._layout.world_size, *rows.shape)
-        work = dist.all_gather_into_tensor(gathered, rows, async_op=True)
+        world_size = self._layout.world_size
+        gathered = rows.new_empty(world_size * rows.numel())
+        work = _all_gather(gathered, rows.flatten(), async_op=True)
         assert work is not None
-        return work.get_future().then(lambda _: self._layout.combine(gathered))
+        return work.get_future().then(
+            lambda _: self._layout.combine(gathered.view(world_size, *rows.shape))
+        )
 
     def _scatter(self, rows: Tensor) -> torch.futures.Future[Tensor]:
         """Each rank adds one slice and gives it to all: the traffic of a ring all-reduce."""
@@ -134,7 +140,7 @@ class GradientTree:
                 work.wait()
                 own = self._layout.combine(received)
                 result = own.new_empty(world * slice_size)
-                dist.all_gather_into_tensor(result, own, group=self._second)
+                _all_gather(result, own, group=self._second)
                 future.set_result(result[:size])
             except BaseException as error:  # noqa: BLE001 - handed to the waiting step
                 future.set_exception(error)  # type: ignore[arg-type]
@@ -161,9 +167,11 @@ class StepSums:
         message = torch.cat([integers.view(torch.uint8), rows.flatten().view(torch.uint8)])
         if self._layout.world_size == 1:
             return PendingSums(self._layout, message.unsqueeze(0), rows.shape, None)
-        gathered = message.new_empty(self._layout.world_size, *message.shape)
-        work = dist.all_gather_into_tensor(gathered, message, async_op=True)
-        return PendingSums(self._layout, gathered, rows.shape, work)
+        gathered = message.new_empty(self._layout.world_size * len(message))
+        work = _all_gather(gathered, message, async_op=True)
+        return PendingSums(
+            self._layout, gathered.view(-1, len(message)), rows.shape, work
+        )
 
 
 class PendingSums:
