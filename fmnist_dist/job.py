@@ -5,6 +5,7 @@
 Everything below this file gets what it needs handed in; nothing below it reads the environment.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from fsspec.core import url_to_fs
 
 from fmnist_dist import keys, loop
 from fmnist_dist.agreement import settings_of
-from fmnist_dist.checkpoint.disk import FAULTS_VARIABLE, disk_from
+from fmnist_dist.checkpoint.disk import FAULTS_VARIABLE, Disk, disk_from
 from fmnist_dist.checkpoint.hint import ProgressHint, read_hints
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
@@ -33,7 +34,7 @@ from fmnist_dist.distributed.fingerprint import fingerprint
 from fmnist_dist.distributed.share import share_files
 from fmnist_dist.distributed.step import ShardedStep
 from fmnist_dist.distributed.world import World
-from fmnist_dist.errors import FmnistDistError, IncompatibleError, PeerFailedError
+from fmnist_dist.errors import FmnistDistError, IncompatibleError, PeerFailedError, UsageError
 from fmnist_dist.models import make_model
 from fmnist_dist.plan import Plan
 from fmnist_dist.saves import Saves
@@ -91,12 +92,12 @@ def run(launch: Launch, environ: Mapping[str, str], phases: Phases) -> None:
         stack.callback(step.close)
         progress = _progress(config, plan, joined, state)
         stack.callback(progress.close)
-        hint = None
-        if found.writer is not None:
-            hint = ProgressHint(root, attempt=found.writer.attempt, first_step=state.step)
+        hint = _hint(root, found, state)
+        if hint is not None:
             stack.callback(hint.close)
         phases.ended("model")
         _say_start(config, plan, joined, found, state, root)
+        stack.enter_context(world.naming_lost_peers())
         loop.train(
             loop.Parts(
                 plan=plan,
@@ -120,8 +121,16 @@ def run_folder(url: str) -> Path:
     """Return the local folder that a run URL names."""
     _, path = url_to_fs(url)
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise IncompatibleError(f"--run-dir {url}: is a file; expected a folder or a new name")
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    if not existing.is_dir():
+        raise IncompatibleError(
+            f"--run-dir {url}: {existing} is a file; expected a folder or a new name"
+        )
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise IncompatibleError(
+            f"--run-dir {url}: {existing} cannot be read and written by this user (uid "
+            f"{os.getuid()}); change its permissions, or take another folder"
+        )
     return folder
 
 
@@ -129,9 +138,8 @@ def _open_run(
     launch: Launch, joined: World, root: Path, environ: Mapping[str, str], *, num_samples: int
 ) -> Run | None:
     """Take the run over on rank 0 and tell the others; None when nothing is left to do."""
-    config = launch.config
     storage = LocalStorage(
-        root, single_writer=config.single_writer, disk=disk_from(environ.get(FAULTS_VARIABLE))
+        root, single_writer=launch.config.single_writer, disk=_disk(environ, joined)
     )
     log = RunLog(storage)
     if not joined.is_main:
@@ -158,6 +166,18 @@ def _open_run(
     joined.tell("resumption", resumption.to_json())
     files = share_files(joined, restored.files) if restored else {}
     return Run(root=root, log=log, writer=writer, resumption=resumption, files=files)
+
+
+def _disk(environ: Mapping[str, str], joined: World) -> Disk:
+    faults = environ.get(FAULTS_VARIABLE)
+    if faults is None or not joined.is_main:
+        return Disk()
+    try:
+        disk = disk_from(faults)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _events.warning("faults are armed", faults=faults)
+    return disk
 
 
 def _take_over(
@@ -224,6 +244,16 @@ def _restore(config: Config, dataset: Dataset, joined: World, found: Run) -> Tra
             evaluated=resumption.evaluated,
         )
     return state
+
+
+def _hint(root: Path, found: Run, state: TrainState) -> ProgressHint | None:
+    if found.writer is None:
+        return None
+    try:
+        return ProgressHint(root, attempt=found.writer.attempt, first_step=state.step)
+    except OSError as error:
+        _events.warning("lost steps will not be counted", why=str(error))
+        return None
 
 
 def _evaluation(

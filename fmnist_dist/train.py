@@ -9,19 +9,34 @@ import sys
 import time
 
 from fmnist_dist import settings
-from fmnist_dist.distributed.process import die_with_parent
-from fmnist_dist.errors import ExitCode, FmnistDistError, PeerFailedError
+from fmnist_dist.distributed.process import die_with_parent, end_launcher
+from fmnist_dist.errors import Drained, ExitCode, FmnistDistError, PeerFailedError
 from fmnist_dist.telemetry import events
 from fmnist_dist.telemetry.events import EventLog
 from fmnist_dist.telemetry.phases import Phases
 
 _PEER_SECONDS = 5.0  # rank 0 says what is wrong; time for it to do so before torchrun ends it
 
+_FINAL = {
+    ExitCode.USAGE,
+    ExitCode.DATA_DAMAGED,
+    ExitCode.NO_PROGRESS,
+    ExitCode.FENCED,
+    ExitCode.INCOMPATIBLE,
+}  # a restart would end in the same way
+
 _events = EventLog("fmnist_dist.train")
 
 
 def main() -> int:
     """Run one attempt; return its exit code."""
+    code = _run()
+    if code in _FINAL:
+        end_launcher(os.environ)
+    return code
+
+
+def _run() -> int:
     phases = Phases()
     rank = int(os.environ.get("RANK", "0"))
     events.configure(log_format="text", rank=rank, stream=sys.stderr)
@@ -43,11 +58,14 @@ def main() -> int:
     except PeerFailedError as error:
         time.sleep(_PEER_SECONDS)
         return error.code
+    except Drained as drained:
+        _events.info(str(drained), exit_code=int(drained.exit_code))
+        return drained.exit_code
     except FmnistDistError as error:
         _events.error(str(error), exit_code=int(error.exit_code))
         return error.exit_code
     except KeyboardInterrupt:
-        _events.error("interrupted: what was not saved is lost", exit_code=130)
+        _events.error("interrupted: steps since the newest checkpoint are lost", exit_code=130)
         return 130
     except Exception:  # noqa: BLE001 - the entry point: the last one who can tell
         _events.exception("a bug: please report it with this traceback")

@@ -1,10 +1,11 @@
-"""What a worker process arranges with its parent: it must not outlive a killed launcher."""
+"""What a worker process arranges with its launcher: not to outlive it, and not to be asked again."""
 
 import ctypes
 import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -27,3 +28,22 @@ def die_with_parent(environ: Mapping[str, str]) -> None:
     # before this function, its store is gone with it, and the meeting ends at its limit.)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_launcher(environ: Mapping[str, str]) -> bool:
+    """Ask a bare torchrun to stop, and return whether there was one to ask.
+
+    torchrun restarts a worker whatever its exit code says, `--max-restarts` times. After an end
+    that would repeat itself (wrong settings, fenced, damaged) that is minutes of the same line. An
+    agent that reads exit codes is left alone.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return False
+    parent = os.getppid()
+    command = Path(f"/proc/{parent}/cmdline")
+    words = command.read_bytes().decode(errors="replace").split("\0") if command.exists() else []
+    names = {Path(word).name for word in words[:4]}
+    if not names & {"torchrun", "torch.distributed.run", "torch.distributed.launch"}:
+        return False
+    os.kill(parent, signal.SIGTERM)
+    return True

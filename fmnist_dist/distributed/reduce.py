@@ -66,9 +66,7 @@ class GradientTree:
         self._last = 0
         # Above `_GATHER_UP_TO` a bucket takes two collectives. The second has its own group (each
         # group must see the same order on all ranks) and thread (gloo's own must not wait).
-        self._second: Any = (
-            dist.new_group() if layout.world_size > _GATHER_UP_TO else None
-        )
+        self._second: Any = dist.new_group() if layout.world_size > _GATHER_UP_TO else None
         self._thread = ThreadPoolExecutor(1, "reduce") if self._second else None
 
     def begin(self, shards: Sequence[int]) -> None:
@@ -169,9 +167,7 @@ class StepSums:
             return PendingSums(self._layout, message.unsqueeze(0), rows.shape, None)
         gathered = message.new_empty(self._layout.world_size * len(message))
         work = _all_gather(gathered, message, async_op=True)
-        return PendingSums(
-            self._layout, gathered.view(-1, len(message)), rows.shape, work
-        )
+        return PendingSums(self._layout, gathered.view(-1, len(message)), rows.shape, work)
 
 
 class PendingSums:

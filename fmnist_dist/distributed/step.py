@@ -199,7 +199,9 @@ class _Buffers:
 
     def committed(self, change: Tensor, integers: Tensor) -> list[Tensor]:
         """Return the new buffers, in the order of `model.buffers()`."""
-        floats = iter((self._held_floats + change).split_with_sizes([b.numel() for b in self._floats]))
+        floats = iter(
+            (self._held_floats + change).split_with_sizes([b.numel() for b in self._floats])
+        )
         whole = iter(integers.split_with_sizes([b.numel() for b in self._integers]))
         return [
             next(floats if buffer.is_floating_point() else whole).view_as(buffer)

@@ -93,6 +93,23 @@ def join(environ: Mapping[str, str], *, device: str, step_timeout: float) -> Ite
         dist.destroy_process_group()
 
 
+@contextmanager
+def naming_lost_peers() -> Iterator[None]:
+    """Turn what a collective raises when another rank has gone into a `TransientError`.
+
+    NCCL raises `DistError`; gloo a bare RuntimeError that only its text tells from a bug.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        raise TransientError(f"another rank is gone: {error}") from error
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        reason = str(error).rpartition("] ")[2].splitlines()[0]
+        raise TransientError(f"another rank is gone ({reason})") from error
+
+
 def _device(name: str, *, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
