@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 
 class Stream(IntEnum):
-    """What a key is for: two streams never share a key. The numbers are part of a run's identity."""
+    """What a key is for: two streams never share one. The numbers belong to a run's identity."""
 
     ORDER = 1
     AUGMENT = 2

@@ -8,6 +8,7 @@ alone, so that nothing of them is ever saved.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 Schedule = Literal["triangular", "cosine", "constant"]
@@ -204,9 +205,9 @@ def shard_bounds(size: int, *, logical_shards: int) -> list[tuple[int, int]]:
     """
     short, longer = divmod(size, logical_shards)
     starts = [shard * short + min(shard, longer) for shard in range(logical_shards + 1)]
-    return list(zip(starts, starts[1:], strict=False))
+    return list(pairwise(starts))
 
 
 def shards_of_rank(rank: int, *, world_size: int, logical_shards: int) -> range:
-    """Return the contiguous logical shards of a rank; never empty for world_size <= logical_shards."""
+    """Return a rank's contiguous logical shards; never empty for world_size <= logical_shards."""
     return range(rank * logical_shards // world_size, (rank + 1) * logical_shards // world_size)

@@ -6,6 +6,7 @@ fail, at the n-th operation. A run that is not armed never constructs one.
 
 import errno
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -113,14 +114,15 @@ class FaultyDisk(Disk):
 
 
 def disk_from(specification: str | None) -> Disk:
-    """Return the disk that `FMNIST_DIST_FAULTS` asks for: `disk:<action>:<n>[:<times>]`, or a plain one.
+    """Return the disk that `FMNIST_DIST_FAULTS` asks for, a plain one without.
 
-    Raises ValueError for a specification that it cannot read.
+    `disk:<action>:<n>[:<times>]`; raises ValueError for what it cannot read.
     """
     if not specification:
         return Disk()
-    name, action, at, *times = specification.split(":")
-    if name != "disk" or action not in {"kill", "tear", "full"}:
+    found = re.fullmatch(r"disk:(kill|tear|full):(\d+)(?::(\d+))?", specification)
+    if found is None:
         message = f"{FAULTS_VARIABLE}={specification}: expected disk:kill|tear|full:<n>[:<times>]"
         raise ValueError(message)
-    return FaultyDisk(action=action, at=int(at), times=int(times[0]) if times else 1)
+    action, at, times = found.groups()
+    return FaultyDisk(action=action, at=int(at), times=int(times or 1))

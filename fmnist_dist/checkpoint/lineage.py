@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.log import RunLog
-from fmnist_dist.checkpoint.record import Attempt, Checkpoint, DamagedRecordError, Override, Record
+from fmnist_dist.checkpoint.record import (
+    Attempt,
+    Checkpoint,
+    DamagedRecordError,
+    Override,
+    Record,
+    path_of,
+)
 from fmnist_dist.errors import DataDamagedError
 
 
@@ -30,14 +37,20 @@ class Start:
 
 
 def attempts(log: RunLog, head: Head) -> Iterator[Start]:
-    """Yield the attempts from the newest to the first, passing over damaged records."""
+    """Yield the attempts from the newest to the first, passing over damaged records.
+
+    Raises `DataDamagedError` where none is intact: the settings of the run are unknown, and a run
+    without attempts would look like a new one.
+    """
     index = head.attempt_index
+    lost = index is not None
     while index is not None:
         record = _intact(log, index)
         if record is None:
             index = _attempt_before(log, index)
             continue
         assert isinstance(record.body, Attempt)
+        lost = False
         yield Start(
             index=index,
             number=record.attempt,
@@ -45,6 +58,12 @@ def attempts(log: RunLog, head: Head) -> Iterator[Start]:
             attempt=record.body,
         )
         index = record.head.previous_attempt_index
+    if lost:
+        raise DataDamagedError(
+            f"no attempt's record is intact, and with them the run's settings are lost: restore "
+            f"{path_of(head.attempt_index or 0)} from a copy, or start a new run with another "
+            "--run-dir"
+        )
 
 
 def commit(log: RunLog, index: int) -> Commit:

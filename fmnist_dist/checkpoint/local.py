@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 from pathlib import Path
 
 from fmnist_dist.checkpoint.disk import Disk
@@ -24,6 +23,7 @@ from fmnist_dist.checkpoint.storage import (
 from fmnist_dist.errors import IncompatibleError
 
 _CREATE_TRIES = 3  # a sweeping newer attempt may take our temporary file away, once or twice
+_DELETE_TRIES = 3  # a fenced attempt that is still writing may add a file to what is deleted
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -36,6 +36,7 @@ class LocalStorage:
         self.root = root
         self._single_writer = single_writer
         self._disk = disk or Disk()
+        self._durable: set[Path] = set()  # folders whose names are synced
 
     def create(self, path: str, data: bytes) -> None:
         target = self.root / path
@@ -78,18 +79,11 @@ class LocalStorage:
     def delete_folder(self, folder: str) -> None:
         target = self.root / folder
         try:
-            for path in sorted(target.iterdir()):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    with contextlib.suppress(FileNotFoundError):
-                        self._disk.unlink(path)
-            self._disk.remove_folder(target)
-            self._disk.sync_folder(target.parent)
-        except FileNotFoundError:
-            return
+            gone = any(self._delete_folder(target) for _ in range(_DELETE_TRIES))
         except OSError as error:
             raise StorageError(f"cannot delete {target}: {error.strerror}") from error
+        if not gone:
+            raise StorageError(f"cannot delete {target}: somebody keeps adding files to it")
 
     def _create(self, target: Path, data: bytes) -> None:
         temporary = self.root / TEMPORARY_FOLDER / f"{target.name}.{secrets.token_hex(8)}"
@@ -119,21 +113,49 @@ class LocalStorage:
                 raise
             if not self._single_writer:
                 raise IncompatibleError(
-                    f"{target.parent}: this file system has no hard links, so two writers could not "
-                    f"be told apart ({error.strerror}); use another --run-dir, or --single-writer "
-                    "if nothing else can ever write to this run"
+                    f"{target.parent}: this file system has no hard links, so two writers could "
+                    f"not be told apart ({error.strerror}); use another --run-dir, or "
+                    "--single-writer if nothing else can ever write to this run"
                 ) from error
             if target.exists():
                 raise AlreadyExistsError(str(target)) from error
             self._disk.rename(temporary, target)
 
+    def _delete_folder(self, target: Path) -> bool:
+        """Return False where somebody has added a file meanwhile."""
+        try:
+            for path in sorted(target.iterdir()):
+                if path.is_dir() and not path.is_symlink():
+                    self._delete_folder(path)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._disk.unlink(path)
+            self._disk.remove_folder(target)
+            self._disk.sync_folder(target.parent)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                return False
+            raise
+        return True
+
     def _make_folders(self, folder: Path) -> None:
-        """Make a folder and its parents, each durable in its own parent before it is used."""
-        if folder.is_dir():
+        """Make a folder and its parents, each durable in its own parent before it is used.
+
+        A folder that is there may be that of a process which was killed before it had synced it, so
+        inside the run each is synced once by everybody who writes into it.
+        """
+        found = folder.is_dir()
+        if found and (folder in self._durable or not folder.is_relative_to(self.root)):
             return
-        self._make_folders(folder.parent)
-        with contextlib.suppress(FileExistsError):
-            self._disk.make_folder(folder)
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
-        self._disk.sync_folder(folder.parent)
+        if folder != self.root or not found:
+            self._make_folders(folder.parent)
+        if not found:
+            with contextlib.suppress(FileExistsError):
+                self._disk.make_folder(folder)
+            if not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
+        with contextlib.suppress(PermissionError):  # of a parent that may be entered, not listed
+            self._disk.sync_folder(folder.parent)
+        self._durable.add(folder)

@@ -54,6 +54,13 @@ class RunLog:
         except MissingError as error:
             raise DamagedRecordError(f"{path_of(index)}: is missing") from error
 
+    def is_intact(self, index: int) -> bool:
+        try:
+            self.record(index)
+        except DamagedRecordError:
+            return False
+        return True
+
     def read(self) -> LogState:
         """Return the head as the newest intact record tells it.
 
@@ -113,9 +120,12 @@ class RunLog:
     def _advance(self, head: Head) -> Head:
         index = head.index + 1
         try:
-            return fold(head, index=index, body=self.record(index).body)
+            record = self.record(index)
         except DamagedRecordError:
             return replace(head, index=index)  # it occupies its index
+        after = fold(head, index=index, body=record.body)
+        # A damaged record may have been an attempt. Who wrote after it tells: still fenced.
+        return after if record.attempt <= after.attempt else record.head
 
     def _present(self, index: int) -> bool:
         """Whether the log reaches `index`, looking past short holes."""

@@ -163,7 +163,7 @@ def encode(record: Record) -> bytes:
 def decode(data: bytes, *, index: int) -> Record:
     """Return the record that `encode` wrote at `index`.
 
-    Raises `DamagedRecordError`, or `IncompatibleError` for an intact record of a newer format.
+    Raises `DamagedRecordError`, or `IncompatibleError` for an intact record of another version.
     """
     try:
         fields = json.loads(data)
@@ -181,14 +181,20 @@ def decode(data: bytes, *, index: int) -> Record:
         )
     if fields["index"] != index:
         raise DamagedRecordError(f"{path_of(index)}: holds the record of index {fields['index']}")
-    return Record(
-        index=index,
-        attempt=fields["attempt"],
-        body=_body(Kind(fields["kind"]), fields["body"]),
-        head=Head.from_json(fields["head"]),
-        nonce=fields["nonce"],
-        written_at=fields["written_at"],
-    )
+    try:
+        return Record(
+            index=index,
+            attempt=fields["attempt"],
+            body=_body(Kind(fields["kind"]), fields["body"]),
+            head=Head.from_json(fields["head"]),
+            nonce=fields["nonce"],
+            written_at=fields["written_at"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise IncompatibleError(
+            f"{path_of(index)} is intact and holds what this version does not know ({error}): "
+            "the run was continued by another fmnist_dist, install that one"
+        ) from error
 
 
 def _body(kind: Kind, fields: Mapping[str, Json]) -> Body:

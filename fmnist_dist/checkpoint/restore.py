@@ -61,14 +61,16 @@ def read_newest(storage: Storage, log: RunLog, *, step: int | None = None) -> Re
     """
     damage: dict[int, str] = {}
     while True:
-        retained = log.read().head.checkpoints
-        wanted = [each for each in retained if step is None or each.step == step]
-        if not wanted:
-            steps = ", ".join(str(each.step) for each in retained) or "none yet"
-            raise UsageError(f"no checkpoint of step {step} in this run; there is: {steps}")
+        head = log.read().head
+        wanted = [each for each in head.checkpoints if step is None or each.step == step]
         left = [each for each in wanted if each.index not in damage]
+        if not left and (damage or (step is None and head.committed)):
+            why = "; ".join(damage.values()) or "all were put in quarantine, see `runs verify`"
+            raise DataDamagedError(f"no valid checkpoint is left: {why}")
         if not left:
-            raise DataDamagedError(f"no valid checkpoint is left: {'; '.join(damage.values())}")
+            steps = ", ".join(str(each.step) for each in head.checkpoints) or "none yet"
+            of = "" if step is None else f" of step {step}"
+            raise UsageError(f"no checkpoint{of} in this run; there is: {steps}")
         try:
             return read_checkpoint(storage, log, left[-1])
         except DamagedCheckpointError as error:

@@ -63,7 +63,7 @@ def sweep(storage: Storage, log: RunLog, head: Head) -> Swept:
 
 
 def prune(storage: Storage, log: RunLog, head: Head) -> Swept:
-    """Delete everything that no reader can choose, quarantined checkpoints included.
+    """Delete everything that no reader can choose, a quarantined checkpoint's tensors included.
 
     Needs no attempt of its own: nothing of the newest attempt is touched unless it has finished.
     """
@@ -71,22 +71,20 @@ def prune(storage: Storage, log: RunLog, head: Head) -> Swept:
         known = _known(log, head, after_attempt=0)
     except DamagedRecordError as error:
         return Swept(suspended=str(error))
-    for folder in sorted(known.retired):
-        delete_tensors(storage, folder)
     last = head.attempt if head.finished_step is not None else head.attempt - 1
-    deleted = _orphans(storage, known, attempts=range(1, last + 1))
-    present = set(storage.list(CHECKPOINTS))
-    for index in sorted(known.quarantined & known.folders.keys()):
-        folder = known.folders[index]
-        if folder.rpartition("/")[2] in present and _attempt_of(folder) <= last:
-            deleted.append(folder)
-    for folder in deleted:
+    quarantined = {known.folders[index] for index in known.quarantined & known.folders.keys()}
+    for folder in sorted(known.retired | quarantined):
+        if _attempt_of(folder) <= last:
+            # The line may lead through it, to checkpoints that were saved before it was damaged.
+            delete_tensors(storage, folder)
+    orphans = _orphans(storage, known, attempts=range(1, last + 1))
+    for folder in orphans:
         storage.delete_folder(folder)
-    return Swept(orphans=tuple(deleted))
+    return Swept(orphans=tuple(orphans))
 
 
 def delete_tensors(storage: Storage, folder: str) -> None:
-    """Delete all files of a retired checkpoint but its metrics, which the series still needs."""
+    """Delete all files of a checkpoint but its metrics, which the series still needs."""
     for name in storage.list(folder):
         if name != METRICS:
             storage.delete(f"{folder}/{name}")

@@ -27,8 +27,13 @@ from fmnist_dist.checkpoint.record import (
 )
 from fmnist_dist.checkpoint.restore import DamagedCheckpointError, Restored, read_checkpoint
 from fmnist_dist.checkpoint.retention import to_retire
-from fmnist_dist.checkpoint.storage import Storage, StorageError
-from fmnist_dist.checkpoint.sweep import Swept, delete_tensors, folder_name, sweep
+from fmnist_dist.checkpoint.storage import (
+    AlreadyExistsError,
+    MissingError,
+    Storage,
+    StorageError,
+)
+from fmnist_dist.checkpoint.sweep import CHECKPOINTS, Swept, delete_tensors, folder_name, sweep
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import DataDamagedError, FencedError
 
@@ -49,12 +54,15 @@ class Snapshot:
 class RunWriter:
     """An attempt that holds the run until a newer one stands in the log."""
 
-    def __init__(self, storage: Storage, log: RunLog, head: Head) -> None:
+    def __init__(
+        self, storage: Storage, log: RunLog, head: Head, *, damaged: tuple[int, ...] = ()
+    ) -> None:
         self._storage = storage
         self._log = log
         self._verified: set[int] = set()
         self._parent: int | None = None
         self._swept = head.swept
+        self._damaged = damaged  # records at the log's end, as this attempt found it
         self.head = head
         self.attempt = head.attempt
 
@@ -77,13 +85,17 @@ class RunWriter:
                 )
             return make(head)
 
-        return RunWriter(storage, log, log.append(log.read().head, decide=decide))
+        found = log.read()
+        head = log.append(found.head, decide=decide)
+        return RunWriter(storage, log, head, damaged=found.damaged)
 
     def choose(self, *, report: Callable[[str], None]) -> Restored | None:
         """Return the newest valid checkpoint, putting damaged ones in quarantine.
 
         None for a run that has never committed one. Raises `DataDamagedError` where none is left.
         """
+        for index in self._damaged:
+            report(f"record {index} of the run log is damaged: what it told is lost")
         while self.head.checkpoints:
             newest = self.head.checkpoints[-1]
             try:
@@ -95,7 +107,7 @@ class RunWriter:
             self._verified.add(newest.index)
             self._parent = newest.index
             return restored
-        if self.head.committed:
+        if self.head.committed or self._may_have_lost_one():
             raise DataDamagedError(
                 "this run has committed checkpoints and none is valid any more: restore the run "
                 "folder from a copy, or start a new run with another --run-dir"
@@ -136,10 +148,10 @@ class RunWriter:
         except FencedError:
             # Refused for certain, so nobody will ever look for this folder, and the newer attempt
             # may have swept already. (After a StorageError the record may stand: hands off.)
-            self._storage.delete_folder(folder)
+            self._give_back(folder)
             raise
         if not saved:
-            self._storage.delete_folder(folder)
+            self._give_back(folder)
         self._parent = self.head.checkpoints[-1].index
         return saved
 
@@ -197,12 +209,35 @@ class RunWriter:
     def _write_files(self, folder: str, files: Mapping[str, bytes]) -> None:
         try:
             for name, data in files.items():
-                self._storage.create(f"{folder}/{name}", data)
+                self._write_file(f"{folder}/{name}", data)
         except StorageError:
-            # No record was tried yet, so nobody can have seen this folder: give the space back.
-            with contextlib.suppress(StorageError):
-                self._storage.delete_folder(folder)
+            # No record was tried yet, so nobody can have seen this folder.
+            self._give_back(folder)
             raise
+
+    def _write_file(self, path: str, data: bytes) -> None:
+        try:
+            self._storage.create(path, data)
+        except AlreadyExistsError as error:
+            # The folder's name is fresh, so it is our own: the answer was lost (NFS repeats a
+            # `link` of which it lost the reply, object stores a put).
+            try:
+                own = self._storage.read(path) == data
+            except MissingError:  # a newer attempt has swept it meanwhile
+                own = False
+            if not own:
+                raise StorageError(f"{path}: wrote it, and reads back something else") from error
+
+    def _give_back(self, folder: str) -> None:
+        """Delete a folder that no record names; what cannot be deleted now, a sweep finds."""
+        with contextlib.suppress(StorageError):
+            self._storage.delete_folder(folder)
+
+    def _may_have_lost_one(self) -> bool:
+        """Whether a damaged record may be the only one that told of a checkpoint."""
+        return bool(self._storage.list(CHECKPOINTS)) and any(
+            not self._log.is_intact(index) for index in range(self.head.index)
+        )
 
     def _verify(self, retained: Retained) -> None:
         if retained.index in self._verified:

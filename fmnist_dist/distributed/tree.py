@@ -30,7 +30,7 @@ def root(leaves: int) -> Node:
 
 
 def owned(shards: range, *, leaves: int) -> list[Node]:
-    """Return the largest nodes all of whose leaves lie in a contiguous range, from left to right."""
+    """Return the largest nodes whose leaves all lie in a contiguous range, from left to right."""
     found: list[Node] = []
     pending = [root(leaves)]
     while pending:

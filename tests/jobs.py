@@ -1,0 +1,154 @@
+"""Real trainings for tests: launched by torchrun, watched through their run folder, killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fmnist_dist.checkpoint.hint import read_hints
+from fmnist_dist.checkpoint.local import LocalStorage
+from fmnist_dist.checkpoint.log import RunLog
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parents[1]
+LIMIT_SECONDS = 240.0
+
+
+@dataclass
+class Job:
+    """One `torchrun` of `fmnist_dist.train`, in a session of its own."""
+
+    run: Path
+    flags: list[str]
+    workers: int = 2
+    max_restarts: int = 20
+    output: list[str] = field(default_factory=list)
+
+    def start(self) -> "Job":
+        self.log = (self.run.parent / f"{self.run.name}-{time.monotonic_ns()}.log").open("w+")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--local-addr=127.0.0.1", f"--nproc_per_node={self.workers}"]
+        command += [f"--max-restarts={self.max_restarts}", "-m", "fmnist_dist.train"]
+        self.process = subprocess.Popen(
+            [*command, "--run-dir", str(self.run), *self.flags],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        return self
+
+    def wait(self) -> str:
+        """Wait for the end and return the output; the exit code is `process.returncode`."""
+        try:
+            self.process.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGKILL)
+            raise AssertionError(f"no end in {LIMIT_SECONDS} s:\n{self.text()[-5000:]}") from None
+        return self.text()
+
+    def finish(self) -> str:
+        text = self.wait()
+        assert self.process.returncode == 0, text[-5000:]
+        return text
+
+    def text(self) -> str:
+        self.log.flush()
+        return Path(self.log.name).read_text()
+
+    def worker_pids(self) -> list[int]:
+        """Return the live workers, by rank."""
+        found: dict[int, int] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+                environ = (path.parent / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if int(fields[1]) == self.process.pid and fields[0] != "Z":
+                ranks = [int(e[5:]) for e in environ if e.startswith(b"RANK=")]
+                found.update({rank: int(path.parent.name) for rank in ranks})
+        return [found[rank] for rank in sorted(found)]
+
+    def kill_worker(self, rank: int) -> int:
+        """SIGKILL one worker and return its pid, seen dead."""
+        pid = wait_for(lambda: self.worker_pids()[rank : rank + 1], "a worker to kill")[0]
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not alive(pid), "the worker to be dead")
+        return pid
+
+    def kill_all(self) -> list[int]:
+        """SIGKILL the agent alone; return the workers, which must have died with it."""
+        pids = wait_for(self.worker_pids, "workers")
+        self.process.kill()
+        self.process.wait(LIMIT_SECONDS)
+        wait_for(lambda: not any(map(alive, pids)), "the workers to die with their agent")
+        return pids
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def reached(run: Path) -> tuple[int, int]:
+    """Return (newest attempt that trains, its last finished step)."""
+    hints = read_hints(run)
+    return (max(hints), hints[max(hints)].last_step) if hints else (0, 0)
+
+
+def wait_for_step(job: Job, step: int, *, attempt: int = 0) -> None:
+    """Wait until an attempt after `attempt` has finished `step`."""
+
+    def there() -> bool:
+        now, last = reached(job.run)
+        assert job.process.poll() is None, job.text()[-5000:]
+        return now > attempt and last >= step
+
+    wait_for(there, f"step {step} after attempt {attempt}")
+
+
+def wait_for(condition: Callable[[], T], what: str) -> T:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {LIMIT_SECONDS} s for {what}"
+        time.sleep(0.01)
+    return value
+
+
+def show(run: Path) -> dict[str, Any]:
+    """Return `runs show --json`."""
+    return json.loads(_runs("show", run, "--json").stdout)
+
+
+def ledger(run: Path) -> subprocess.CompletedProcess[str]:
+    return _runs("ledger", run)
+
+
+def files_of_newest(run: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of the newest checkpoint but its metrics since the last."""
+    log = RunLog(LocalStorage(run))
+    body = log.record(log.read().head.checkpoints[-1].index).body
+    return {n: f.sha256 for n, f in body.files.items() if n != "metrics.jsonl"}
+
+
+def _runs(command: str, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fmnist_dist.runs", command, str(run), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )

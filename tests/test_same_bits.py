@@ -1,0 +1,109 @@
+"""P1: final weights have the same bits, whatever was killed and however many workers there were."""
+
+import random
+from pathlib import Path
+
+import pytest
+from jobs import Job, files_of_newest, ledger, show, wait_for_step
+
+# 60,000 samples in batches of 2,048 are 30 steps an epoch; the last one is smaller.
+SHORT = ["--batch-size=2048", "--save-every-steps=4", "--dropout=0.2"]
+SHORT_END = "--max-steps=34"
+LONG = ["--batch-size=512", "--save-every-steps=20", "--dropout=0.2"]
+LONG_END = "--max-steps=300"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    Job(run, [*SHORT, SHORT_END]).start().finish()
+    return run
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    one, other = show(run), show(reference)
+    assert one["status"] == other["status"] == "finished"
+    assert one["step"] == other["step"]
+    assert one["checkpoints"][-1]["model_sha256"] == other["checkpoints"][-1]["model_sha256"]
+    # The averaged weights and the optimizer's memory too, not only what is evaluated now.
+    assert files_of_newest(run) == files_of_newest(reference)
+    assert one["metrics"] == other["metrics"]
+    proof = ledger(run)
+    assert proof.returncode == 0, proof.stdout + proof.stderr
+
+
+def kill_and_restart(
+    run: Path, flags: list[str], kills: list[tuple[str, int]], *, workers: int = 2
+) -> tuple[list[int], list[str]]:
+    """Kill `rank 0`, `rank 1` or `all` once the given step is done; return dead pids and output."""
+    job = Job(run, flags, workers=workers).start()
+    dead: list[int] = []
+    texts: list[str] = []
+    for attempt, (what, step) in enumerate(kills):
+        # A step that is repeated counts only in the attempt that has begun since the last kill.
+        wait_for_step(job, step, attempt=attempt)
+        if what == "all":
+            dead += job.kill_all()
+            texts.append(job.text())
+            job = Job(run, flags, workers=workers).start()
+        else:
+            dead.append(job.kill_worker(int(what.removeprefix("rank "))))
+    texts.append(job.finish())
+    return dead, texts
+
+
+def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    dead, texts = kill_and_restart(
+        run, [*SHORT, SHORT_END], [("rank 1", 6), ("all", 15), ("rank 0", 23)]
+    )
+    assert len(dead) == 4
+    story = show(run)
+    assert [each["ended"] for each in story["attempts"]] == [
+        "lost",
+        "superseded",
+        "lost",
+        "finished",
+    ]
+    assert all(0 <= each["lost_steps"] <= 4 for each in story["attempts"])
+    assert "resumed" in texts[-1]
+    assert_same(run, undisturbed)
+
+
+def test_a_run_that_shrinks_and_grows_ends_with_the_same_bits(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for workers, max_steps in ((1, 9), (3, 18), (4, 27), (2, 34)):
+        Job(run, [*SHORT, f"--max-steps={max_steps}"], workers=workers).start().finish()
+        assert show(run)["step"] == max_steps
+    assert [each["world_size"] for each in show(run)["attempts"]] == [1, 3, 4, 2]
+    assert_same(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_300_steps_with_10_random_kills_or_other_world_sizes(
+    precision: str, tmp_path: Path
+) -> None:
+    flags = [*LONG, f"--precision={precision}"]
+    reference, killed, resized = (tmp_path / name for name in ("reference", "killed", "resized"))
+    Job(reference, [*flags, LONG_END]).start().finish()
+
+    seed = random.randrange(2**32)
+    print(f"kills drawn with seed {seed}")
+    draw = random.Random(seed)
+    steps = sorted(draw.sample(range(5, 290), 10))
+    kills = [(draw.choice(["rank 0", "rank 1", "all"]), step) for step in steps]
+    print(kills)
+    dead, _ = kill_and_restart(killed, [*flags, LONG_END], kills)
+    assert len(dead) >= 10
+    assert len(show(killed)["attempts"]) == 11
+    assert_same(killed, reference)
+
+    for workers, max_steps in ((1, 75), (3, 150), (4, 225), (2, 300)):
+        Job(resized, [*flags, f"--max-steps={max_steps}"], workers=workers).start().finish()
+    assert_same(resized, reference)
