@@ -1,15 +1,21 @@
 """What happened in a run, told from its log: attempts, checkpoints, overrides, lost work."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fmnist_dist.checkpoint import lineage
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.hint import Reached
-from fmnist_dist.checkpoint.lineage import Commit, Start
+from fmnist_dist.checkpoint.lineage import Commit
 from fmnist_dist.checkpoint.log import RunLog
-from fmnist_dist.checkpoint.record import Checkpoint, DamagedRecordError, Finish
+from fmnist_dist.checkpoint.record import (
+    Attempt,
+    Checkpoint,
+    DamagedRecordError,
+    Finish,
+    Override,
+    Record,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +27,9 @@ class AttemptStory:
     world_size: int
     started_at: str
     first_step: int | None
-    last_step: int | None
-    lost_steps: int | None
-    ended: str | None
+    last_step: int | None  # that is known to be done; without a hint it may have got further
+    lost_steps: int | None  # done, not durable, and so done again by the next attempt
+    ended: str | None  # finished | drained | lost | superseded (by another launch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +40,22 @@ class History:
     retained: tuple[Commit, ...]
     config: dict[str, Any]  # the run's own, before overrides
     overrides: tuple[dict[str, Any], ...]
+    num_samples: int | None  # of the training set; None before the first attempt
+    finish: Finish | None  # None unless the run is finished
     damaged: tuple[int, ...]  # indices of records
+
+    @property
+    def newest(self) -> Commit | None:
+        """The newest retained checkpoint; None too where its record is damaged."""
+        found = self.retained[-1] if self.retained else None
+        return found if found and found.checkpoint.step == self.head.newest_step else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric: of the run's end, else of the newest checkpoint."""
+        if self.finish is not None:
+            return self.finish.metrics
+        return self.newest.checkpoint.metrics if self.newest else {}
 
 
 @dataclass(slots=True)
@@ -42,92 +63,88 @@ class _Facts:
     """What the log tells of one attempt besides its own record."""
 
     first_step: int | None = None
-    last_step: int | None = None
+    last_step: int | None = None  # newest checkpoint of its own
     ended: str | None = None
 
 
 def read_history(log: RunLog, hints: Mapping[int, Reached]) -> History:
-    """Return the story of a run; reads the whole log."""
-    state = log.read()
-    head = state.head
-    starts = list(lineage.attempts(log, head))[::-1]
-    facts, damaged = _facts(log, head)
-    stories = _stories(starts, facts, hints)
-    retained = []
-    for each in head.checkpoints:
+    """Return the story of a run; reads each record of the log once.
+
+    Damaged records are left out and named. Raises `DataDamagedError` where none is intact.
+    """
+    head = log.read().head
+    records: dict[int, Record] = {}
+    damaged: list[int] = []
+    for index in range(head.index + 1):
         try:
-            retained.append(lineage.commit(log, each.index))
+            records[index] = log.record(index)
         except DamagedRecordError:
-            damaged.add(each.index)
-    status = "new" if not starts else "running" if head.finished_step is None else "finished"
+            damaged.append(index)
+    starts = [(each, each.body) for each in records.values() if isinstance(each.body, Attempt)]
+    finishes = [each.body for each in records.values() if isinstance(each.body, Finish)]
+    finished = head.finished_step is not None
     return History(
         head=head,
-        status=status,
-        attempts=tuple(stories),
-        retained=tuple(retained),
-        config=starts[-1].attempt.config if starts else {},
-        overrides=tuple(
-            {"step": each.step, "settings": each.settings} for each in lineage.overrides(log, head)
+        status="new" if head.attempt == 0 else "finished" if finished else "running",
+        attempts=tuple(_stories(starts, _facts(records.values()), hints)),
+        retained=tuple(
+            Commit(index=i, attempt=r.attempt, written_at=r.written_at, checkpoint=r.body)
+            for i in (each.index for each in head.checkpoints)
+            if (r := records.get(i)) is not None and isinstance(r.body, Checkpoint)
         ),
-        damaged=tuple(sorted(damaged)),
+        config=starts[-1][1].config if starts else {},
+        overrides=tuple(
+            {"step": r.body.step, "settings": r.body.settings}
+            for i in head.overrides
+            if (r := records.get(i)) is not None and isinstance(r.body, Override)
+        ),
+        num_samples=starts[-1][1].num_samples if starts else None,
+        finish=finishes[-1] if finished and finishes else None,
+        damaged=tuple(damaged),
     )
 
 
-def _facts(log: RunLog, head: Head) -> tuple[dict[int, _Facts], set[int]]:
+def _facts(records: Iterable[Record]) -> dict[int, _Facts]:
     facts: dict[int, _Facts] = {}
-    damaged: set[int] = set()
-    steps: dict[int, int] = {}  # of checkpoints, by the index of their record
-    for index in range(head.index + 1):
-        try:
-            record = log.record(index)
-        except DamagedRecordError:
-            damaged.add(index)
-            continue
+    for record in records:
         mine = facts.setdefault(record.attempt, _Facts())
         if isinstance(record.body, Checkpoint):
-            steps[index] = record.body.step
-            if mine.first_step is None:
-                parent = record.body.parent
-                mine.first_step = 0 if parent is None else steps.get(parent)
             mine.last_step = record.body.step
             mine.ended = "drained" if record.body.reason == "drain" else None
-        elif isinstance(record.body, Finish):
+        elif mine.last_step is None:
+            # Until its first save it goes on from what is newest, less what it puts in quarantine.
+            mine.first_step = record.head.newest_step or 0
+        if isinstance(record.body, Finish):
             mine.ended = "finished"
-    return facts, damaged
+    return facts
 
 
 def _stories(
-    starts: list[Start],
+    starts: list[tuple[Record, Attempt]],
     facts: Mapping[int, _Facts],
     hints: Mapping[int, Reached],
 ) -> list[AttemptStory]:
     stories: list[AttemptStory] = []
-    following: tuple[Start, int | None] | None = None
-    for start in reversed(starts):
-        known = facts.get(start.number, _Facts())
-        hint = hints.get(start.number)
-        first = hint.first_step if hint else known.first_step
-        last = max(hint.last_step, known.last_step or 0) if hint else None
-        if known.ended is not None:
-            last = known.last_step if last is None else last
-        ended = known.ended
-        lost = 0 if ended is not None else None
-        if following is not None and ended is None:
-            after, resumed_at = following
-            ended = "lost" if after.attempt.owner == start.attempt.owner else "superseded"
-            if last is not None and resumed_at is not None:
-                lost = max(0, last - resumed_at)
-        stories.append(
-            AttemptStory(
-                attempt=start.number,
-                owner=start.attempt.owner,
-                world_size=start.attempt.world_size,
-                started_at=start.started_at,
-                first_step=first,
-                last_step=last,
-                lost_steps=lost,
-                ended=ended,
-            )
+    following: AttemptStory | None = None
+    for record, attempt in reversed(starts):
+        known, hint = facts[record.attempt], hints.get(record.attempt)
+        last = max(hint.last_step, known.last_step or 0) if hint else known.last_step
+        is_last_certain = hint is not None or known.ended is not None
+        ended, lost = known.ended, 0 if known.ended else None
+        if following is not None:
+            same = following.owner == attempt.owner
+            ended = ended or ("lost" if same else "superseded")
+            if is_last_certain and last is not None and following.first_step is not None:
+                lost = max(0, last - following.first_step)
+        following = AttemptStory(
+            attempt=record.attempt,
+            owner=attempt.owner,
+            world_size=attempt.world_size,
+            started_at=record.written_at,
+            first_step=known.first_step,
+            last_step=last,
+            lost_steps=lost,
+            ended=ended,
         )
-        following = (start, first)
+        stories.append(following)
     return stories[::-1]

@@ -1,12 +1,18 @@
-"""Re-reading every byte that a run retains: records, checkpoints, and the metrics of the line."""
+"""Re-reading every byte that a run retains: records, checkpoints, and the metrics of the line.
 
-from dataclasses import dataclass
+Writes nothing, so it may run beside a training: a checkpoint that retention takes away while it is
+read is no damage. A checkpoint in quarantine is not retained: it is named, and not read.
+"""
+
+from dataclasses import dataclass, field
 
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.head import Head, Retained
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import Checkpoint, DamagedRecordError, Quarantine
 from fmnist_dist.checkpoint.restore import DamagedCheckpointError, read_file
 from fmnist_dist.checkpoint.storage import Storage
+from fmnist_dist.errors import DataDamagedError
 from fmnist_dist.filenames import METRICS
 
 
@@ -18,59 +24,81 @@ class Findings:
     checkpoints: int
     files: int
     bytes: int
-    valid_steps: tuple[int, ...]  # of retained checkpoints that are whole
+    valid_steps: tuple[int, ...]  # of retained checkpoints that are whole, rising
+    quarantined: tuple[str, ...]  # what was found damaged before, and is never used again
     damage: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Reading:
+    storage: Storage
+    files: int = 0
+    bytes: int = 0
+    damage: list[str] = field(default_factory=list)
+
+    def problems(self, checkpoint: Checkpoint, names: list[str]) -> list[str]:
+        """Read files of a checkpoint; return what is wrong with them."""
+        found: list[str] = []
+        for name in names:
+            self.files += 1
+            self.bytes += checkpoint.files[name].size
+            try:
+                read_file(self.storage, checkpoint, name)
+            except DamagedCheckpointError as error:
+                found.append(str(error))
+        return found
 
 
 def verify(storage: Storage, log: RunLog) -> Findings:
     """Read and compare everything. Raises `DataDamagedError` where no record is intact."""
     head = log.read().head
-    damage = [*_bad_records(log, head.index)]
-    files = size = 0
-    valid = []
-    retained = {each.index for each in head.checkpoints}
-    for index in range(head.index + 1):
-        try:
-            found = lineage.commit(log, index).checkpoint
-        except DamagedRecordError:
-            continue
-        names = sorted(found.files) if index in retained else [METRICS]
-        bad = [
-            problem
-            for name in names
-            if name in found.files and (problem := _problem(storage, found, name))
-        ]
-        files += len(names)
-        size += sum(found.files[name].size for name in names if name in found.files)
-        if index in retained and not bad:
-            valid.append(found.step)
-        damage += bad
+    reading = _Reading(storage)
+    quarantined = _read_records(log, head, reading)
+    valid = [each.step for each in head.checkpoints if _is_whole(log, each, reading)]
+    _read_metrics(log, head, reading)
     return Findings(
         records=head.index + 1,
-        checkpoints=len(retained),
-        files=files,
-        bytes=size,
+        checkpoints=len(head.checkpoints),
+        files=reading.files,
+        bytes=reading.bytes,
         valid_steps=tuple(valid),
-        damage=tuple(damage),
+        quarantined=tuple(quarantined),
+        damage=tuple(reading.damage),
     )
 
 
-def _bad_records(log: RunLog, newest: int) -> list[str]:
-    bad = []
-    for index in range(newest + 1):
+def _read_records(log: RunLog, head: Head, reading: _Reading) -> list[str]:
+    quarantined: list[str] = []
+    for index in range(head.index + 1):
         try:
             body = log.record(index).body
         except DamagedRecordError as error:
-            bad.append(str(error))
+            reading.damage.append(str(error))
             continue
         if isinstance(body, Quarantine):
-            bad.append(f"step {body.step} was put in quarantine: {body.why}")
-    return bad
+            quarantined.append(f"step {body.step} is in quarantine: {body.why}")
+    return quarantined
 
 
-def _problem(storage: Storage, checkpoint: Checkpoint, name: str) -> str | None:
+def _is_whole(log: RunLog, retained: Retained, reading: _Reading) -> bool:
     try:
-        read_file(storage, checkpoint, name)
-    except DamagedCheckpointError as error:
-        return str(error)
-    return None
+        found = lineage.commit(log, retained.index).checkpoint
+    except DamagedRecordError:
+        return False  # among the damaged records already
+    problems = reading.problems(found, sorted(found.files))
+    if problems and retained in log.read().head.checkpoints:
+        reading.damage += problems
+    return not problems
+
+
+def _read_metrics(log: RunLog, head: Head, reading: _Reading) -> None:
+    """Read the metrics of checkpoints that led to the newest one and were retired since."""
+    try:
+        line = lineage.line(log, head)
+    except DataDamagedError as error:
+        reading.damage.append(str(error))
+        return
+    retained = {each.index for each in head.checkpoints}
+    for each in line:
+        if each.index not in retained and METRICS in each.checkpoint.files:
+            reading.damage += reading.problems(each.checkpoint, [METRICS])

@@ -1,0 +1,44 @@
+"""What an attempt finds out about its machine and its run when it takes over."""
+
+from pathlib import Path
+from unittest import mock
+
+from in_process import bodies, log_of, small_run
+
+from fmnist_dist import job
+from fmnist_dist.checkpoint.record import Attempt
+
+
+def test_another_instruction_set_warns_and_is_recorded_but_never_refused(tmp_path: Path) -> None:
+    with small_run(tmp_path) as run:
+        assert run.launch("--max-steps=2").code == 0
+        assert log_of(run.root).read().head.same_bits
+        elsewhere = {"torch": "2.99.0", "instruction_set": "SVE512", "cpu_flags": "", "device": "x"}
+        with mock.patch.object(job, "fingerprint", lambda _: elsewhere):
+            ended = run.launch("--max-steps=4")
+        assert ended.code == 0
+        (warning,) = ended.saying("other bits")
+        assert "SVE512" in warning
+        assert not log_of(run.root).read().head.same_bits
+
+        # It stays false when the run comes back to the first machine: the bits are mixed for good.
+        assert run.launch("--max-steps=6").code == 0
+        assert not log_of(run.root).read().head.same_bits
+        attempts = [body for body in bodies(run.root, "attempt") if isinstance(body, Attempt)]
+        assert [body.same_bits for body in attempts] == [True, False, False]
+
+
+def test_a_resumed_run_says_from_where_and_what_was_lost_in_one_line(tmp_path: Path) -> None:
+    with small_run(tmp_path) as run:
+        assert run.launch("--max-steps=3").saying(" resumed ") == []
+        (line,) = run.launch("--max-steps=5").saying(" resumed ")
+        assert 'checkpoint="step 3"' in line
+        assert "attempt=2" in line
+        assert "lost_steps=0" in line
+
+
+def test_a_checkpoint_record_names_the_attempt_before_as_swept(tmp_path: Path) -> None:
+    with small_run(tmp_path) as run:
+        for last in (2, 4, 6):
+            assert run.launch(f"--max-steps={last}").code == 0
+        assert log_of(run.root).read().head.swept == 2
