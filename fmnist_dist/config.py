@@ -60,19 +60,19 @@ class Config:
     epochs: Annotated[int, POSITIVE, _training("passes over the training set", "N")] = 8
     batch_size: Annotated[int, POSITIVE, _training("per step, all workers", "SAMPLES")] = 512
     optimizer: Annotated[Optimizer, _training("update rule", "NAME")] = "sgd"
-    lr: Annotated[float, POSITIVE, _training("learning rate at its highest", "RATE")] = 0.4
+    lr: Annotated[float, POSITIVE, _training("learning rate at its highest", "RATE")] = 0.2
     schedule: Annotated[Schedule, _training("learning rate over time", "NAME")] = "triangular"
-    weight_decay: Annotated[float, NOT_NEGATIVE, _training("pull of weights to 0", "RATE")] = 0.0005
-    label_smoothing: Annotated[float, FRACTION, _training("spread over all classes", "SHARE")] = 0.1
+    weight_decay: Annotated[float, NOT_NEGATIVE, _training("pull of weights to 0", "RATE")] = 0.0001
+    label_smoothing: Annotated[float, FRACTION, _training("spread over all classes", "SHARE")] = 0.0
     ema: Annotated[float, FRACTION, _training("of averaged weights; 0 = off", "DECAY")] = 0.99
 
     model: Annotated[Literal["cnn"], _model("network", "NAME")] = "cnn"
-    dropout: Annotated[float, FRACTION, _model("units left out while training", "SHARE")] = 0.1
+    dropout: Annotated[float, FRACTION, _model("units left out while training", "SHARE")] = 0.0
     precision: Annotated[Precision, _model("arithmetic", "TYPE")] = "fp32"
 
     dataset: Annotated[Literal["fashion-mnist"], _data("what to learn", "NAME")] = "fashion-mnist"
     data_dir: Annotated[Path | None, _data("folder of its files", "PATH")] = None
-    augment: Annotated[Augment, _data("of training images", "NAME")] = "crop-flip"
+    augment: Annotated[Augment, _data("of training images", "NAME")] = "flip"
     eval_every_epochs: Annotated[int, POSITIVE, _data("between two evaluations", "EPOCHS")] = 1
 
     device: Annotated[Device, _compute("auto = a GPU if any", "NAME")] = "auto"
