@@ -1,3 +1,3 @@
-"""A PyTorch DDP training job that can be killed at any instant and still ends with the same bits."""
+"""A PyTorch DDP training job that can be killed at any time and ends with the same bits."""
 
 __version__ = "0.1.0"

@@ -35,7 +35,7 @@ class UsageError(FmnistDistError):
 
 
 class DataDamagedError(FmnistDistError):
-    """What was saved, or the data set, is damaged and nothing older is left. A restart cannot help."""
+    """What was saved, or the data set, is damaged, and nothing older is left."""
 
     exit_code = ExitCode.DATA_DAMAGED
 

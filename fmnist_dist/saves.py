@@ -50,7 +50,7 @@ class Saves:
         self._durable_step: int | None = writer.head.newest_step
 
     def offer(self, state: TrainState, *, ends_epoch: bool) -> None:
-        """Save if a checkpoint is due. Raises `FencedError`; `StorageError` after the limit only."""
+        """Save if one is due. Raises `FencedError`, and `StorageError` after the limit only."""
         now = time.monotonic()
         if self._retry_at is not None:
             reason = "retry" if now >= self._retry_at else None

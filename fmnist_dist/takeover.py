@@ -7,7 +7,7 @@ was folded; overrides become durable before a step runs with them; orphans are s
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import IncompatibleError, UsageError
 from fmnist_dist.plan import Plan
 from fmnist_dist.settings import Launch
+from fmnist_dist.state import TrainState
 from fmnist_dist.telemetry.events import EventLog
 
 _events = EventLog("fmnist_dist.takeover")
@@ -33,7 +34,7 @@ _OF_THE_RUN = IDENTITY | OVERRIDABLE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """The run that a launch finds: its own settings, what changed since, what this launch changes."""
+    """The run that a launch finds: its own settings, what changed since, what changes now."""
 
     base: dict[str, Any]
     overrides: tuple[tuple[int, dict[str, Any]], ...]
@@ -67,6 +68,16 @@ class Resumption:
     ledger: tuple[EpochDigest, ...]
     metrics: dict[str, float]
     evaluated: bool
+
+    def restore(self, state: TrainState, files: Mapping[str, bytes]) -> None:
+        """Make `state` the one to go on from."""
+        state.load(
+            files,
+            step=self.step,
+            ledger=self.ledger,
+            metrics=self.metrics,
+            evaluated=self.evaluated,
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -152,7 +163,7 @@ def take_over(
         shards = terms.config(launch).logical_shards
         if world_size > shards:
             raise UsageError(
-                f"{world_size} workers for {shards} logical shards: each worker needs at least one; "
+                f"{world_size} workers for {shards} logical shards: each needs at least one; "
                 f"start at most {shards} (--nproc_per_node), or a new run with --logical-shards "
                 f"{world_size} or more"
             )

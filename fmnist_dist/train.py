@@ -36,7 +36,7 @@ def main() -> int:
     return code
 
 
-def _run() -> int:
+def _run() -> int:  # noqa: PLR0911 - one return for each way to end
     phases = Phases()
     rank = int(os.environ.get("RANK", "0"))
     events.configure(log_format="text", rank=rank, stream=sys.stderr)

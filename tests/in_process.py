@@ -5,14 +5,14 @@ the command are tested by calling its `main` again and again, as a world of one.
 """
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
 import os
 import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -21,15 +21,13 @@ import torch
 from published import data_files, small_files, small_spec, write_folder
 
 from fmnist_dist import job, train  # noqa: F401 - `job`: torch is imported before any clock runs
-from fmnist_dist.checkpoint.local import LocalStorage
-from fmnist_dist.checkpoint.log import RunLog
-from fmnist_dist.checkpoint.record import Checkpoint, Record
-from fmnist_dist.checkpoint.verify import verify
+from fmnist_dist.checkpoint import disk
 from fmnist_dist.data.dataset import DATASETS
 from fmnist_dist.data.sources import Origin
 
 NUM_SAMPLES = 30  # of the small training set
 BATCH = 8  # four steps an epoch, the last one of six samples
+_TESTS = Path(__file__).resolve().parent
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
 
 
@@ -72,17 +70,12 @@ def launch(
     told: Callable[[str], None] = lambda _: None,
 ) -> Ended:
     """Run `fmnist_dist.train` with these flags; `told` hears its stderr as it is written."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("FMNIST_DIST_", *_LAUNCHER))
-    }
     stderr = _Stderr(told)
     with (
         mock.patch.object(sys, "argv", ["fmnist_dist.train", *flags]),
-        mock.patch.dict(os.environ, {**inherited, **(environ or {})}, clear=True),
+        mock.patch.dict(os.environ, {**clean_environ(), **(environ or {})}, clear=True),
         contextlib.redirect_stderr(stderr),
-        _own_telemetry(),
+        _process_as_before(),
     ):
         try:
             code = train.main()
@@ -91,14 +84,22 @@ def launch(
     return Ended(code=code, lines=tuple(stderr.getvalue().splitlines()))
 
 
+def clean_environ() -> dict[str, str]:
+    """Return this process's environment without what a launcher or a user set for training."""
+    foreign = ("FMNIST_DIST_", *_LAUNCHER)
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
 @contextlib.contextmanager
-def _own_telemetry() -> Iterator[None]:
-    """Give back what a process has once and a launch takes: logging and torch's threads."""
+def _process_as_before() -> Iterator[None]:
+    """Give back what a process has once and a launch takes for itself."""
     root, package = logging.getLogger(), logging.getLogger("fmnist_dist")
     handlers, level, threads = list(root.handlers), package.level, torch.get_num_threads()
+    hook = sys.excepthook  # each process group wraps it
     try:
         yield
     finally:
+        sys.excepthook = hook
         root.handlers[:] = handlers
         package.setLevel(level)
         logging.captureWarnings(capture=False)
@@ -137,61 +138,49 @@ def small_run(folder: Path) -> Iterator[SmallRun]:
         yield SmallRun(root=folder / "run", data=data)
 
 
-def log_of(root: Path) -> RunLog:
-    return RunLog(LocalStorage(root))
+def in_child(run: SmallRun, *flags: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    """Launch a small run in a process of its own: one that may be killed."""
+    code = (
+        "import sys; from pathlib import Path; import in_process\n"
+        "root, data, *flags = sys.argv[1:]\n"
+        "with in_process.small_run(Path(data).parent):\n"
+        "    run = in_process.SmallRun(root=Path(root), data=Path(data))\n"
+        "    ended = run.launch(*flags, environ=dict(os.environ), told=sys.__stderr__.write)\n"
+        "sys.exit(ended.code)\n"
+    )
+    path = os.pathsep.join(str(folder) for folder in (_TESTS.parent, _TESTS))
+    return subprocess.run(
+        [sys.executable, "-c", f"import os; {code}", str(run.root), str(run.data), *flags],
+        env={**clean_environ(), "PYTHONPATH": path, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
-def records(root: Path) -> list[Record]:
-    log = log_of(root)
-    return [log.record(index) for index in range(log.read().head.index + 1)]
+def operations(run: SmallRun, *flags: str) -> list[str]:
+    """Return what these flags would ask of the disk, in order: `link PATH`, or `write`, `sync`.
+
+    Nothing happens to the run itself. The place in the list is the number in `disk:full:NUMBER`.
+    """
+    names: list[str] = []
+
+    class Watched(disk.FaultyDisk):
+        def _point(self, name: str, path: Path) -> None:
+            names.append(f"{name} {path}")
+
+    copy = run.beside(f"{run.root.name}-watched")
+    if run.root.exists():
+        shutil.copytree(run.root, copy.root)
+    with mock.patch.object(disk, "FaultyDisk", Watched):
+        ended = copy.launch(*flags, environ={disk.FAULTS_VARIABLE: "disk:full:0"})
+    assert ended.code == 0, ended.lines
+    shutil.rmtree(copy.root)
+    return names
 
 
-def kinds(root: Path) -> list[str]:
-    return [record.kind.value for record in records(root)]
-
-
-def bodies(root: Path, kind: str) -> list[object]:
-    return [record.body for record in records(root) if record.kind == kind]
-
-
-def checkpoints(root: Path) -> list[Checkpoint]:
-    return [body for body in bodies(root, "checkpoint") if isinstance(body, Checkpoint)]
-
-
-def model_sha256(root: Path) -> str:
-    """Return the digest of the newest checkpoint's weights."""
-    return checkpoints(root)[-1].files["model.safetensors"].sha256
-
-
-def assert_sound(root: Path) -> None:
-    """Every byte that the run retains is what was saved."""
-    findings = verify(LocalStorage(root), log_of(root))
-    assert findings.damage == ()
-    assert findings.records > 0
-
-
-def saved_bytes(root: Path) -> dict[str, bytes]:
-    """Return every file of the log and the checkpoints."""
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for folder in ("log", "checkpoints")
-        for path in sorted((root / folder).rglob("*"))
-        if path.is_file()
-    }
-
-
-def rewrite(path: Path, **changed: object) -> bytes:
-    """Return the record at `path` with other fields and the checksum that fits them."""
-    fields = {**json.loads(path.read_bytes()), **changed}
-    del fields["sha256"]
-    fields["sha256"] = hashlib.sha256(_canonical(fields)).hexdigest()
-    return _canonical(fields)
-
-
-def _canonical(fields: Mapping[str, object]) -> bytes:
-    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
-
-
-def fields_of(line: str) -> dict[str, str]:
-    """Return the `key=value` fields of a log line."""
-    return dict(re.findall(r"(\w+)=(\"[^\"]*\"|\S+)", line))
+def number_of(names: Sequence[str], pattern: str, *, after: str = "") -> int:
+    """Return the number of the first operation that matches, from the first `after` on."""
+    start = next(i for i, name in enumerate(names) if re.search(after, name))
+    return next(i for i in range(start, len(names)) if re.search(pattern, names[i]))

@@ -17,11 +17,14 @@ import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, tzinfo
+from functools import cache
 
 import pytest
 from memory_storage import MemoryStorage
 
-from fmnist_dist.checkpoint.storage import AlreadyExistsError, MissingError, StorageError
+from fmnist_dist.checkpoint import log, record
+from fmnist_dist.checkpoint.storage import AlreadyExistsError, StorageError
 
 LIMIT_SECONDS = 60.0  # of one execution: only a bug of this file waits so long
 
@@ -108,7 +111,7 @@ class Stage:
         assert ended, f"stuck after {self.history}"
         for actor in self._actors:
             actor.thread.join()
-        self.storage.land_all()
+        self.storage.arrive_all()
         for actor in self._actors:
             if actor.error is not None:
                 actor.error.add_note("\n".join(["the execution was:", *self.history]))
@@ -140,6 +143,10 @@ class Stage:
         self.faults_left -= 1
         self.history.append(f"    {self.options[choice - 1]}")
         return self.options[choice - 1]
+
+    def happens(self) -> bool:
+        """Return whether something happens that may as well happen later."""
+        return self._choices.choose(2) == 1
 
     def leave(self, actor: Actor) -> None:
         runnable = self._runnable()
@@ -176,7 +183,7 @@ class StagedStorage(MemoryStorage):
 
     def create(self, path: str, data: bytes) -> None:
         self._stage.point(f"create {path}")
-        self._land()
+        self._arrivals()
         fault = self._stage.fault()
         if fault == "killed":
             raise Killed
@@ -195,10 +202,12 @@ class StagedStorage(MemoryStorage):
     def read(self, path: str) -> bytes:
         if not (path.startswith("log/") and path in self.objects):
             self._stage.point(f"read {path}")
+            self._arrivals()
         return super().read(path)
 
     def list(self, folder: str) -> list[str]:
         self._stage.point(f"list {folder}")
+        self._arrivals()
         return super().list(folder)
 
     def delete(self, path: str) -> None:
@@ -212,21 +221,26 @@ class StagedStorage(MemoryStorage):
         for name in self.list(folder):
             self.delete(f"{folder}/{name}")
 
-    def land_all(self) -> None:
+    def arrive_all(self) -> None:
         while self._late:
             self._apply_late()
 
-    def _land(self) -> None:
-        """Let puts without an answer arrive now, or later."""
-        while self._late and self._stage._choices.choose(2):
+    def _arrivals(self) -> None:
+        while self._late and self._stage.happens():
             self._apply_late()
 
     def _apply_late(self) -> None:
         path, data = self._late.pop(0)
         if path not in self.objects:
             super().create(path, data)
-            self._stage.history.append(f"    arrives: {path}")
+            self._stage.history.append(f"    arrives late: {path}")
             self.created(path)
+
+
+class _Clock:
+    @staticmethod
+    def now(zone: tzinfo) -> datetime:
+        return datetime(2026, 1, 1, tzinfo=zone)
 
 
 def explore(
@@ -244,6 +258,9 @@ def explore(
     prefix: list[int] | None = []
     executions = 0
     with pytest.MonkeyPatch.context() as patch:
+        # Equal records in all executions, so that each is parsed once: half of the time goes there.
+        patch.setattr(record, "datetime", _Clock)
+        patch.setattr(log, "decode", cache(record.decode))
         while prefix is not None:
             numbers = itertools.count(1)
             patch.setattr(secrets, "token_hex", lambda _, n=numbers: f"{next(n):016x}")
@@ -261,6 +278,3 @@ def explore(
             assert executions <= executions_max, f"more than {executions_max} executions"
             prefix = choices.following()
     return executions
-
-
-__all__ = ["Killed", "MissingError", "Stage", "StagedStorage", "Violation", "explore"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,21 +29,21 @@ class Job:
     flags: list[str]
     workers: int = 2
     max_restarts: int = 20
-    output: list[str] = field(default_factory=list)
 
     def start(self) -> "Job":
-        self.log = (self.run.parent / f"{self.run.name}-{time.monotonic_ns()}.log").open("w+")
+        self.log = self.run.parent / f"{self.run.name}-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--local-addr=127.0.0.1", f"--nproc_per_node={self.workers}"]
         command += [f"--max-restarts={self.max_restarts}", "-m", "fmnist_dist.train"]
-        self.process = subprocess.Popen(
-            [*command, "--run-dir", str(self.run), *self.flags],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, "--run-dir", str(self.run), *self.flags],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         return self
 
     def wait(self) -> str:
@@ -61,8 +61,7 @@ class Job:
         return text
 
     def text(self) -> str:
-        self.log.flush()
-        return Path(self.log.name).read_text()
+        return self.log.read_text()
 
     def worker_pids(self) -> list[int]:
         """Return the live workers, by rank."""

@@ -24,7 +24,7 @@ OTHER: dict[str, Value] = {
     "lr": 0.001,
     "schedule": "cosine",
     "weight_decay": 0.0,
-    "label_smoothing": 0.0,
+    "label_smoothing": 0.1,
     "ema": 0.5,
     "model": "cnn",
     "dropout": 0.5,

@@ -5,7 +5,7 @@ from unittest import mock
 
 from in_process import bodies, log_of, small_run
 
-from fmnist_dist import job
+from fmnist_dist import opening
 from fmnist_dist.checkpoint.record import Attempt
 
 
@@ -14,7 +14,7 @@ def test_another_instruction_set_warns_and_is_recorded_but_never_refused(tmp_pat
         assert run.launch("--max-steps=2").code == 0
         assert log_of(run.root).read().head.same_bits
         elsewhere = {"torch": "2.99.0", "instruction_set": "SVE512", "cpu_flags": "", "device": "x"}
-        with mock.patch.object(job, "fingerprint", lambda _: elsewhere):
+        with mock.patch.object(opening, "fingerprint", lambda _: elsewhere):
             ended = run.launch("--max-steps=4")
         assert ended.code == 0
         (warning,) = ended.saying("other bits")
@@ -24,8 +24,7 @@ def test_another_instruction_set_warns_and_is_recorded_but_never_refused(tmp_pat
         # It stays false when the run comes back to the first machine: the bits are mixed for good.
         assert run.launch("--max-steps=6").code == 0
         assert not log_of(run.root).read().head.same_bits
-        attempts = [body for body in bodies(run.root, "attempt") if isinstance(body, Attempt)]
-        assert [body.same_bits for body in attempts] == [True, False, False]
+        assert [body.same_bits for body in bodies(run.root, Attempt)] == [True, False, False]
 
 
 def test_a_resumed_run_says_from_where_and_what_was_lost_in_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What decides a kernel's bits on this machine, for the run's record: same fingerprint, same bits."""
+"""What decides a kernel's bits on this machine: same fingerprint, same bits."""
 
 import platform
 from pathlib import Path

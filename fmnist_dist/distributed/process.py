@@ -1,4 +1,4 @@
-"""What a worker process arranges with its launcher: not to outlive it, and not to be asked again."""
+"""What a worker arranges with its launcher: not to outlive it, and not to be asked again."""
 
 import ctypes
 import os

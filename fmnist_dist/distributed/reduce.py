@@ -1,4 +1,4 @@
-"""Adding gradients, buffers and counts over all logical shards, with the same bits at any world size.
+"""Adding gradients, buffers and counts over all shards: the same bits at any world size.
 
 `GradientTree` is a DDP communication hook. All backward passes of a rank but the last run under
 `no_sync()`; their gradients are pushed by hand. The last one runs through DDP, whose buckets arrive

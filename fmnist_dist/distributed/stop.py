@@ -18,7 +18,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self.requested = True

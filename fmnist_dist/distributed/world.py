@@ -24,7 +24,7 @@ _SHARED = "fmnist_dist"  # prefix of our keys in the launcher's store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Where this process runs. `owner` names the launch: the same for all its ranks and restarts."""
+    """Where this process runs. `owner` names the launch, alike for all its ranks and restarts."""
 
     rank: int
     size: int

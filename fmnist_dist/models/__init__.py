@@ -8,7 +8,7 @@ from fmnist_dist.models.cnn import Cnn
 def make_model(
     name: str, *, image_shape: tuple[int, int, int], num_classes: int, dropout: float
 ) -> nn.Module:
-    """Return a freshly initialised network for images of `image_shape` (channels, height, width)."""
+    """Return a fresh network for images of `image_shape` (channels, height, width)."""
     match name:
         case "cnn":
             return Cnn(image_shape=image_shape, num_classes=num_classes, dropout=dropout)

@@ -1,0 +1,40 @@
+"""How the commands that read a run end: one line on stderr for what was foreseen, an exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App
+
+from fmnist_dist.errors import ExitCode, FmnistDistError
+from fmnist_dist.usage import run_app
+
+_INTERRUPTED = 130  # as a shell shows SIGINT
+_READER_GONE = 141  # as a shell shows SIGPIPE
+
+
+def run_command(app: App, argv: Sequence[str]) -> int:
+    """Run what `argv` asks for and return its exit code; a bug passes through with its traceback.
+
+    What was printed before an error is flushed before the error's line.
+    """
+    try:
+        code = _run(app, argv)
+        print(end="", flush=True)  # noqa: T201 - a command prints
+    except BrokenPipeError:
+        # `| head` has seen enough. Python flushes once more at exit and must find an open end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return code
+
+
+def _run(app: App, argv: Sequence[str]) -> int:
+    try:
+        run_app(app, argv)
+    except FmnistDistError as error:
+        print(end="", flush=True)  # noqa: T201 - a command prints
+        sys.stderr.write(f"{app.name[0]}: {error}\n")
+        return error.exit_code
+    return ExitCode.FINISHED

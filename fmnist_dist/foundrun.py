@@ -1,0 +1,87 @@
+"""The run that a reader's command names: found, or refused in one line with the nearest name."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+
+from fmnist_dist.checkpoint.hint import read_hints
+from fmnist_dist.checkpoint.history import History, read_history
+from fmnist_dist.checkpoint.local import LocalStorage
+from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.storage import Storage
+from fmnist_dist.errors import IncompatibleError, UsageError
+from fmnist_dist.rule import LOCAL
+
+_RECORD = re.compile(r"\d{12}\.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundRun:
+    """A folder that holds a run, opened for reading."""
+
+    root: Path
+    storage: Storage
+    log: RunLog
+
+    def history(self) -> History:
+        """Return the run's story. Raises `DataDamagedError` where no record is intact."""
+        return read_history(self.log, read_hints(self.root))
+
+
+def find_run(url: str) -> FoundRun:
+    """Open the run at `url`, a path or a file:// URL; makes and changes nothing.
+
+    Raises `UsageError` where there is none, `IncompatibleError` for what cannot be a run's folder.
+    """
+    if not url or not LOCAL.holds(url):
+        raise UsageError(f"run '{url}': found no path, expected a run{LOCAL.expected}")
+    root = Path(url_to_fs(url)[1])
+    try:
+        if root.exists() and not root.is_dir():
+            raise IncompatibleError(f"run {url}: is a file; expected the folder of a run")
+        if not _holds_run(root):
+            raise UsageError(_nothing_there(url, root))
+    except OSError as error:
+        raise IncompatibleError(
+            f"run {url}: cannot be read: {error.strerror}; expected the folder of a run"
+        ) from error
+    storage = LocalStorage(root)
+    return FoundRun(root=root, storage=storage, log=RunLog(storage))
+
+
+def _holds_run(root: Path) -> bool:
+    """Whether there is a run log; an empty one too, of a run that is just being made."""
+    log = root / "log"
+    if not log.is_dir():
+        return False
+    names = [path.name for path in log.iterdir()]
+    return not names or any(map(_RECORD.fullmatch, names))
+
+
+def _nothing_there(url: str, root: Path) -> str:
+    if root.is_dir():
+        inside = ", ".join(str(Path(url) / name) for name in _runs_in(root))
+        hint = f"; did you mean one of {inside}?" if inside else "; is it an --run-dir of train?"
+        return f"run {url}: this folder holds no run{hint}"
+    near = get_close_matches(root.name, _runs_in(root.parent), n=1, cutoff=0.5)
+    hint = f"; did you mean {Path(url).parent / near[0]}?" if near else ""
+    return f"run {url}: there is no such folder, expected that of a run{hint}"
+
+
+def _runs_in(folder: Path) -> list[str]:
+    return sorted(_names(folder))
+
+
+def _names(folder: Path) -> Iterator[str]:
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        try:
+            if _holds_run(path):
+                yield path.name
+        except OSError:  # somebody else's: no candidate
+            continue

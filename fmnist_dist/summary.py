@@ -1,0 +1,58 @@
+"""What a run amounts to, as `runs show --json` tells it. Keys are relied on from outside."""
+
+import dataclasses
+from typing import Any
+
+from fmnist_dist.checkpoint.history import History
+from fmnist_dist.checkpoint.lineage import Commit
+from fmnist_dist.config import IDENTITY, OVERRIDABLE, Config, to_json
+from fmnist_dist.filenames import MODEL
+from fmnist_dist.foundrun import FoundRun
+
+Summary = dict[str, Any]
+
+
+def summarise(run: FoundRun, history: History) -> Summary:
+    """Return every key of `runs show --json`, in its order."""
+    newest = history.newest
+    return {
+        "run": str(run.root),
+        "status": history.status,
+        "step": history.head.newest_step or 0,
+        "epoch": newest.checkpoint.epoch if newest else None if history.head.newest_step else 0.0,
+        "same_bits": history.head.same_bits,
+        "attempts": [dataclasses.asdict(each) for each in history.attempts],
+        "heals": [],
+        "checkpoints": [_checkpoint(each) for each in history.retained],
+        "overrides": [dict(each) for each in history.overrides],
+        "config": settings_in_force(history),
+        "metrics": history.metrics,
+    }
+
+
+def own_settings(history: History) -> dict[str, Any]:
+    """Return the settings that the run remembers, as it began; {} while nothing is known."""
+    if not history.config:
+        return {}
+    settings = {**to_json(Config()), **history.config}
+    return {name: settings[name] for name in sorted(IDENTITY | OVERRIDABLE)}
+
+
+def settings_in_force(history: History) -> dict[str, Any]:
+    """Return the run's settings with what changed since; the newest word on each counts."""
+    settings = own_settings(history)
+    for each in history.overrides:
+        settings |= each["settings"]
+    return settings
+
+
+def _checkpoint(commit: Commit) -> dict[str, Any]:
+    files = commit.checkpoint.files
+    return {
+        "step": commit.checkpoint.step,
+        "epoch": commit.checkpoint.epoch,
+        "reason": commit.checkpoint.reason,
+        "bytes": sum(file.size for file in files.values()),
+        "model_sha256": files[MODEL].sha256 if MODEL in files else None,
+        "attempt": commit.attempt,
+    }
