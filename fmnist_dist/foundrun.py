@@ -1,12 +1,11 @@
 """The run that a reader's command names: found, or refused in one line with the nearest name."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-
-from fsspec.core import url_to_fs
 
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.history import History, read_history
@@ -39,8 +38,8 @@ def find_run(url: str) -> FoundRun:
     """
     if not url or not LOCAL.holds(url):
         raise UsageError(f"run '{url}': found no path, expected a run{LOCAL.expected}")
-    root = Path(url_to_fs(url)[1])
     try:
+        root = _folder(url)
         if root.exists() and not root.is_dir():
             raise IncompatibleError(f"run {url}: is a file; expected the folder of a run")
         if not _holds_run(root):
@@ -51,6 +50,15 @@ def find_run(url: str) -> FoundRun:
         ) from error
     storage = LocalStorage(root)
     return FoundRun(root=root, storage=storage, log=RunLog(storage))
+
+
+def _folder(url: str) -> Path:
+    if not url.startswith("file://"):
+        # Path.expanduser raises for a user who does not exist; as fsspec, take it for a name.
+        return Path(os.path.expanduser(url)).absolute()  # noqa: PTH111
+    from fsspec.core import url_to_fs  # noqa: PLC0415 - 0.1 s, and most runs are named by a path
+
+    return Path(url_to_fs(url)[1])
 
 
 def _holds_run(root: Path) -> bool:

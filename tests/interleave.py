@@ -1,7 +1,7 @@
 """Runs production code in every interleaving of its storage operations, by re-execution.
 
-1. Actors are threads of which one runs at a time. Before each storage operation that can notice, or
-   matter to, another actor, the running one asks whether it goes on or who else does.
+1. Actors are threads of which one runs at a time. Before each storage operation that can matter to
+   another actor, the running one asks whether it goes on or who else does.
 2. Every such question, and every fault, is a *choice*: a number below the number of options, 0 being
    "nothing special". An execution is the list of its choices; the next one to run is that list with
    its last raisable number raised, until none is left.
@@ -29,7 +29,7 @@ from fmnist_dist.checkpoint.storage import AlreadyExistsError, StorageError
 LIMIT_SECONDS = 60.0  # of one execution: only a bug of this file waits so long
 
 
-class Violation(AssertionError):
+class Violation(AssertionError):  # noqa: N818 - a finding
     """An invariant does not hold; the message tells every operation that led there."""
 
 

@@ -29,17 +29,22 @@ class Job:
     flags: list[str]
     workers: int = 2
     max_restarts: int = 20
+    module: str = "fmnist_dist.train"
 
     def start(self) -> "Job":
         self.log = self.run.parent / f"{self.run.name}-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--local-addr=127.0.0.1", f"--nproc_per_node={self.workers}"]
-        command += [f"--max-restarts={self.max_restarts}", "-m", "fmnist_dist.train"]
+        command += [f"--max-restarts={self.max_restarts}", "-m", self.module]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 [*command, "--run-dir", str(self.run), *self.flags],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+                },
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -8,18 +8,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from in_process import (
-    SmallRun,
-    assert_sound,
-    bodies,
-    checkpoints,
-    kinds,
-    launch,
-    log_of,
-    saved_bytes,
-    small_run,
-)
+from in_process import SmallRun, launch, small_run
 from jobs import Job, alive, reached, wait_for, wait_for_step
+from run_files import assert_sound, bodies, checkpoints, kinds, log_of, saved_bytes
 from running import running
 
 from fmnist_dist.checkpoint.local import LocalStorage
@@ -113,7 +104,7 @@ def test_a_second_launch_ends_the_first_which_does_not_come_back(tmp_path: Path)
 def test_workers_do_not_outlive_their_agent(tmp_path: Path) -> None:
     root = tmp_path / "run"
     with running(Job(root, [*FLAGS, FOREVER], workers=2)) as job:
-        wait_for(lambda: (root / "log").is_dir(), "the first attempt")  # ranks have met
+        wait_for((root / "log").is_dir, "the first attempt")  # the ranks have met
         pids = job.worker_pids()
         assert len(pids) == 2
         assert all(map(alive, pids))

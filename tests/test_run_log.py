@@ -31,7 +31,7 @@ from fmnist_dist.errors import DataDamagedError, ExitCode, IncompatibleError
 LONGEST = 300
 
 BODIES: list[Body] = [
-    attempt("Jürgen’s pod \ud800 \n"),
+    attempt("Jürgen's pod \ud800 \n"),
     Checkpoint(
         step=118,
         epoch=1.0000000000000002,

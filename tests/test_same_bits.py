@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from jobs import Job, files_of_newest, ledger, show, wait_for_step
 
-# 60,000 samples in batches of 2,048 are 30 steps an epoch; the last one is smaller.
-SHORT = ["--batch-size=2048", "--save-every-steps=4", "--dropout=0.2"]
+# 4,000 images in batches of 256 are 16 steps an epoch; the last one is smaller.
+SMALL = "train_small"
+SHORT = ["--batch-size=256", "--save-every-steps=4", "--dropout=0.2"]
 SHORT_END = "--max-steps=34"
 LONG = ["--batch-size=512", "--save-every-steps=20", "--dropout=0.2"]
 LONG_END = "--max-steps=300"
@@ -16,7 +17,7 @@ LONG_END = "--max-steps=300"
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    Job(run, [*SHORT, SHORT_END]).start().finish()
+    Job(run, [*SHORT, SHORT_END], module=SMALL).start().finish()
     return run
 
 
@@ -33,10 +34,10 @@ def assert_same(run: Path, reference: Path) -> None:
 
 
 def kill_and_restart(
-    run: Path, flags: list[str], kills: list[tuple[str, int]], *, workers: int = 2
+    run: Path, flags: list[str], kills: list[tuple[str, int]], *, module: str
 ) -> tuple[list[int], list[str]]:
     """Kill `rank 0`, `rank 1` or `all` once the given step is done; return dead pids and output."""
-    job = Job(run, flags, workers=workers).start()
+    job = Job(run, flags, module=module).start()
     dead: list[int] = []
     texts: list[str] = []
     for attempt, (what, step) in enumerate(kills):
@@ -45,7 +46,7 @@ def kill_and_restart(
         if what == "all":
             dead += job.kill_all()
             texts.append(job.text())
-            job = Job(run, flags, workers=workers).start()
+            job = Job(run, flags, module=module).start()
         else:
             dead.append(job.kill_worker(int(what.removeprefix("rank "))))
     texts.append(job.finish())
@@ -57,7 +58,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
 ) -> None:
     run = tmp_path / "run"
     dead, texts = kill_and_restart(
-        run, [*SHORT, SHORT_END], [("rank 1", 6), ("all", 15), ("rank 0", 23)]
+        run, [*SHORT, SHORT_END], [("rank 1", 6), ("all", 15), ("rank 0", 23)], module=SMALL
     )
     assert len(dead) == 4
     story = show(run)
@@ -77,7 +78,8 @@ def test_a_run_that_shrinks_and_grows_ends_with_the_same_bits(
 ) -> None:
     run = tmp_path / "run"
     for workers, max_steps in ((1, 9), (3, 18), (4, 27), (2, 34)):
-        Job(run, [*SHORT, f"--max-steps={max_steps}"], workers=workers).start().finish()
+        flags = [*SHORT, f"--max-steps={max_steps}"]
+        Job(run, flags, workers=workers, module=SMALL).start().finish()
         assert show(run)["step"] == max_steps
     assert [each["world_size"] for each in show(run)["attempts"]] == [1, 3, 4, 2]
     assert_same(run, undisturbed)
@@ -99,7 +101,7 @@ def test_300_steps_with_10_random_kills_or_other_world_sizes(
     steps = sorted(draw.sample(range(5, 290), 10))
     kills = [(draw.choice(["rank 0", "rank 1", "all"]), step) for step in steps]
     print(kills)
-    dead, _ = kill_and_restart(killed, [*flags, LONG_END], kills)
+    dead, _ = kill_and_restart(killed, [*flags, LONG_END], kills, module="fmnist_dist.train")
     assert len(dead) >= 10
     assert len(show(killed)["attempts"]) == 11
     assert_same(killed, reference)

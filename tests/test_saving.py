@@ -8,25 +8,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from in_process import (
-    SmallRun,
+from in_process import SmallRun, in_child, launch, number_of, operations, small_run
+from jobs import Job, wait_for_step
+from run_files import (
     assert_sound,
     bodies,
     checkpoints,
     fields_of,
-    in_child,
     kinds,
-    launch,
     model_sha256,
     saved_bytes,
-    small_run,
 )
-from jobs import Job, wait_for, wait_for_step
 from running import running
 
-from fmnist_dist import job, loop, saves
-from fmnist_dist.checkpoint.disk import FaultyDisk
-from fmnist_dist.checkpoint.record import Attempt
+from fmnist_dist import loop, saves
+from fmnist_dist.checkpoint.record import Finish
 from fmnist_dist.errors import ExitCode
 from fmnist_dist.saves import Schedule
 
@@ -80,8 +76,10 @@ def test_a_checkpoint_is_due_at_an_epochs_end_and_as_asked(
         ),
         (
             ["--save-every-seconds", "1e-9"],
-            [*((step, "epoch" if step % 4 == 0 else "seconds") for step in range(1, 10))]
-            + [(10, "finish")],
+            [
+                *((step, "epoch" if step % 4 == 0 else "seconds") for step in range(1, 10)),
+                (10, "finish"),
+            ],
         ),
     ],
 )
@@ -93,57 +91,30 @@ def test_checkpoints_stand_where_they_were_due(
     assert_sound(run.root)
 
 
-class _Watched(FaultyDisk):
-    """A disk without faults that keeps the name of each of its operations."""
-
-    def __init__(self) -> None:
-        super().__init__(action="full", at=-2)
-        self.names: list[str] = []
-
-    def _point(self, name: str, path: Path) -> None:
-        self.names.append(f"{name} {path}")
-
-
-@pytest.fixture
-def operations(run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The storage operations of `EVERY_TWO`, in order; `write` and `sync` name no path."""
-    disk = _Watched()
-    with monkeypatch.context() as patched:
-        patched.setattr(job, "disk_from", lambda _: disk)
-        other = run.beside("watched")
-        assert other.launch(*EVERY_TWO, environ={"FMNIST_DIST_FAULTS": "watched"}).code == 0
-    return disk.names
-
-
-# The first operation that matches the second pattern after one that matches the first.
+# Operations of the disk: the first that matches the pattern, after one that matches the other.
 MOMENTS = {
-    "the checkpoint's folder": ("-0001-", "make_folder"),
-    "half of the files": ("link .*optimizer", "write"),
-    "the log record": ("link .*metrics", "write"),
-    "the log record's name": ("link .*metrics", r"link .*log/"),
+    "the checkpoint's folder": ("make_folder .*-0001-", ""),
+    "half of the files": ("write", "link .*optimizer"),
+    "the log record": ("write", "link .*metrics"),
+    "the log record's name": ("link .*log/", "link .*metrics"),
     # The record stands by then, and the writer does not know.
-    "after the log record": ("link .*log/000000000001", "sync_folder .*log"),
-    "a later checkpoint": ("link .*log/000000000001", "write"),
+    "after the log record": ("sync_folder .*log", "link .*log/000000000001"),
+    "a later checkpoint": ("write", "link .*log/000000000001"),
 }
-
-
-def moment(operations: list[str], after: str, wanted: str) -> int:
-    start = next(i for i, name in enumerate(operations) if re.search(after, name))
-    if after == "-0001-":
-        return start
-    return next(i for i in range(start, len(operations)) if re.search(wanted, operations[i]))
 
 
 @pytest.mark.parametrize("name", MOMENTS)
 def test_a_full_disk_costs_one_warning_and_no_bit(
-    run: SmallRun, undisturbed: str, operations: list[str], name: str
+    run: SmallRun, undisturbed: str, name: str
 ) -> None:
-    number = moment(operations, *MOMENTS[name])
-    sound: list[None] = []
+    pattern, before = MOMENTS[name]
+    number = number_of(operations(run, *EVERY_TWO), pattern, after=before)
+    whole: list[int] = []
 
     def told(text: str) -> None:
         if "save failed" in text and kinds(run.root) != ["attempt"]:
-            sound.append(assert_sound(run.root))  # what was saved before is as good as it was
+            assert_sound(run.root)  # what was saved before is as good as it was
+            whole.append(checkpoints(run.root)[-1].step)
 
     faults = {"FMNIST_DIST_FAULTS": f"disk:full:{number}"}
     ended = run.launch(*EVERY_TWO, environ=faults, told=told)
@@ -156,7 +127,7 @@ def test_a_full_disk_costs_one_warning_and_no_bit(
     assert "No space left on device" in fields["error"]
     assert str(run.root) in fields["error"]
     assert fields["newest_checkpoint"] == ("2" if late else "none")
-    assert sound == [None] * (late or name == "after the log record")
+    assert whole == ([2] if late or name == "after the log record" else [])
     # Tried again at the next step, as soon as the wait is over.
     assert ended.saying("saved  step=5 reason=retry" if late else "saved  step=3 reason=retry")
     assert model_sha256(run.root) == undisturbed
@@ -167,10 +138,10 @@ def test_a_full_disk_costs_one_warning_and_no_bit(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("times", [1, 7])
 def test_a_disk_that_is_full_at_any_operation_costs_no_bit(
-    run: SmallRun, undisturbed: str, operations: list[str], times: int
+    run: SmallRun, undisturbed: str, times: int
 ) -> None:
     ends: set[int] = set()
-    for number in range(len(operations)):
+    for number in range(len(operations(run, *EVERY_TWO))):
         each = run.beside(f"full-{number}")
         faults = {"FMNIST_DIST_FAULTS": f"disk:full:{number}:{times}"}
         ended = each.launch(*EVERY_TWO, environ=faults)
@@ -223,13 +194,18 @@ def test_training_outlives_a_disk_that_is_really_full(
     assert_sound(full.root)
 
 
+def away_from_saving(run: SmallRun) -> dict[str, str]:
+    """Let the next launch begin, and then no byte be written any more."""
+    number = number_of(operations(run, *EVERY_TWO), "make_folder .*/checkpoints/")
+    return {"FMNIST_DIST_FAULTS": f"disk:full:{number}:1000000"}
+
+
 def test_storage_that_stays_away_too_long_ends_the_launch_and_loses_nothing(
     run: SmallRun, undisturbed: str
 ) -> None:
     assert run.launch("--max-steps", "2").code == 0
     before = saved_bytes(run.root)
-    faults = {"FMNIST_DIST_FAULTS": "disk:full:6:1000000"}  # 0 to 5 append the attempt
-    ended = run.launch(*EVERY_TWO, "--max-unsaved-seconds", "1e-6", environ=faults)
+    ended = run.launch(*EVERY_TWO, "--max-unsaved-seconds", "1e-6", environ=away_from_saving(run))
     assert ended.code == ExitCode.TRANSIENT
     (line,) = ended.errors
     assert "No space left on device" in line
@@ -246,8 +222,7 @@ def test_storage_that_stays_away_too_long_ends_the_launch_and_loses_nothing(
 @pytest.mark.xfail(reason="one line of strerror; neither the limit nor the checkpoint is named")
 def test_storage_that_stays_away_says_what_is_safe_and_what_to_do(run: SmallRun) -> None:
     assert run.launch("--max-steps", "2").code == 0
-    faults = {"FMNIST_DIST_FAULTS": "disk:full:6:1000000"}
-    ended = run.launch(*EVERY_TWO, "--max-unsaved-seconds", "1e-6", environ=faults)
+    ended = run.launch(*EVERY_TWO, "--max-unsaved-seconds", "1e-6", environ=away_from_saving(run))
     (line,) = ended.errors
     assert "--max-unsaved-seconds" in line
     assert "step 2" in line
@@ -255,9 +230,9 @@ def test_storage_that_stays_away_says_what_is_safe_and_what_to_do(run: SmallRun)
 
 @pytest.mark.xfail(reason="deleting what retention lets go is taken for a part of the save")
 def test_a_checkpoint_that_stands_is_not_called_failed(
-    run: SmallRun, operations: list[str]
+    run: SmallRun,
 ) -> None:
-    number = next(i for i, name in enumerate(operations) if "unlink" in name and "/checkpo" in name)
+    number = number_of(operations(run, *EVERY_TWO), "unlink .*/checkpoints/")
     ended = run.launch(*EVERY_TWO, environ={"FMNIST_DIST_FAULTS": f"disk:full:{number}"})
     assert ended.saying(f"fault: full at storage operation {number} ")
     assert ended.code == 0
@@ -295,7 +270,7 @@ def test_a_run_that_cannot_save_when_it_is_asked_to_stop_does_not_say_that_it_di
     ended = run.launch(
         "--max-steps",
         "8",
-        environ={"FMNIST_DIST_FAULTS": "disk:full:6:1000000"},
+        environ=away_from_saving(run),
         told=after("started ", signal.SIGTERM),
     )
     assert ended.code == ExitCode.TRANSIENT
@@ -314,8 +289,9 @@ def after(text: str, *signals: signal.Signals) -> Callable[[str], None]:
     return told
 
 
-def test_a_kill_while_saving_loses_that_save_only(run: SmallRun, operations: list[str]) -> None:
-    number = moment(operations, *MOMENTS["a later checkpoint"])
+@pytest.mark.slow  # `test_crash_points.py` has every such moment, without training
+def test_a_kill_while_saving_loses_that_save_only(run: SmallRun) -> None:
+    number = number_of(operations(run, *EVERY_TWO), "write", after="link .*log/000000000001")
     child = in_child(run, *EVERY_TWO, FMNIST_DIST_FAULTS=f"disk:tear:{number}")
     assert child.returncode == -signal.SIGKILL
     assert f"fault: tear at storage operation {number} (write " in child.stderr
@@ -327,27 +303,48 @@ def test_a_kill_while_saving_loses_that_save_only(run: SmallRun, operations: lis
     assert not list((run.root / "tmp").iterdir())
 
 
-def test_workers_and_agents_that_are_asked_to_stop_lose_no_step(tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    flags = ["--batch-size=64", "--save-every-seconds=none", "--device=cpu"]
-    with running(Job(root, [*flags, "--max-steps=1000000"], workers=2, max_restarts=1)) as drained:
-        wait_for_step(drained, 2)
-        os.kill(drained.worker_pids()[1], signal.SIGTERM)  # rank 1: rank 0 must stop with it
-        wait_for(lambda: len(bodies_so_far(root)) == 2, "torchrun's restart")
-        wait_for_step(drained, checkpoints(root)[0].step + 2, attempt=1)
-        drained.process.terminate()  # as a pod's end does
-        text = drained.wait()
+LAUNCHED = ["--batch-size=64", "--save-every-seconds=none", "--device=cpu"]
 
-    assert text.count("asked to stop: step ") == 2, text
-    assert "exitcode: 143" in text  # torchrun's own words on the worker that ended first
-    first, second = checkpoints(root)
-    assert (first.reason, second.reason) == ("drain", "drain")
-    assert f'resumed  checkpoint="step {first.step}" attempt=2 lost_steps=0' in text
-    again = launch("--run-dir", str(root), *flags, f"--max-steps={second.step}")
+
+def assert_goes_on_at(root: Path, step: int, *, attempt: int) -> None:
+    """Launch once more, which has nothing to train: it stands where it was asked to stop."""
+    again = launch("--run-dir", str(root), *LAUNCHED, f"--max-steps={step}")
     assert again.code == 0
-    assert again.saying(f'resumed  checkpoint="step {second.step}" attempt=3 lost_steps=0')
+    assert again.saying(f'resumed  checkpoint="step {step}" attempt={attempt} lost_steps=0')
+    assert [each.step for each in bodies(root, Finish)] == [step]
     assert_sound(root)
 
 
-def bodies_so_far(root: Path) -> list[Attempt]:
-    return bodies(root, Attempt)
+def test_when_one_worker_is_asked_to_stop_all_stop_after_the_same_step(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    flags = [*LAUNCHED, "--max-steps=1000000"]
+    with running(Job(root, flags, workers=2, max_restarts=0)) as job:
+        wait_for_step(job, 2)
+        os.kill(job.worker_pids()[1], signal.SIGTERM)  # rank 1; rank 0 saves
+        text = job.wait()
+    (drained,) = checkpoints(root)
+    assert drained.reason == "drain"
+    assert drained.step >= 2
+    assert f"asked to stop: step {drained.step} is saved" in text
+    assert "exitcode: 143" in text  # torchrun's own words on the worker that it saw end first
+    assert_goes_on_at(root, drained.step, attempt=2)
+
+
+@pytest.mark.slow
+def test_neither_a_restart_after_a_stop_nor_the_stop_of_an_agent_loses_a_step(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "run"
+    flags = [*LAUNCHED, "--max-steps=1000000"]
+    with running(Job(root, flags, workers=2, max_restarts=1)) as job:
+        wait_for_step(job, 2)
+        os.kill(job.worker_pids()[0], signal.SIGTERM)
+        wait_for_step(job, 0, attempt=1)  # torchrun has started the workers again
+        wait_for_step(job, checkpoints(root)[0].step + 2, attempt=1)
+        job.process.terminate()  # as the end of a pod does
+        text = job.wait()
+    first, second = checkpoints(root)
+    assert (first.reason, second.reason) == ("drain", "drain")
+    assert text.count("asked to stop: step ") == 2, text
+    assert f'resumed  checkpoint="step {first.step}" attempt=2 lost_steps=0' in text
+    assert_goes_on_at(root, second.step, attempt=3)

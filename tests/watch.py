@@ -76,6 +76,6 @@ class Watch:
         _require(name != METRICS, f"the metrics of {folder} are deleted")
 
 
-def _require(holds: bool, message: str) -> None:
+def _require(holds: object, message: str) -> None:
     if not holds:
         raise Violation(message)

@@ -144,18 +144,21 @@ class LocalStorage:
         """Make a folder and its parents, each durable in its own parent before it is used.
 
         A folder that is there may be that of a process which was killed before it had synced it, so
-        inside the run each is synced once by everybody who writes into it.
+        everybody who writes syncs each once, up to the file system's root.
         """
         found = folder.is_dir()
-        if found and (folder in self._durable or not folder.is_relative_to(self.root)):
+        if (found and folder in self._durable) or folder == folder.parent:
             return
-        if folder != self.root or not found:
-            self._make_folders(folder.parent)
+        self._make_folders(folder.parent)
         if not found:
             with contextlib.suppress(FileExistsError):
                 self._disk.make_folder(folder)
             if not folder.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
-        with contextlib.suppress(PermissionError):  # of a parent that may be entered, not listed
+        try:
             self._disk.sync_folder(folder.parent)
+        except OSError:
+            # Folders above the run may belong to others, who let us pass and no more.
+            if not found or folder.parent.is_relative_to(self.root):
+                raise
         self._durable.add(folder)
