@@ -56,7 +56,9 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def start(command: list[str], run: Path, environ: dict[str, str], *, steps: int) -> dict[str, float]:
+def start(
+    command: list[str], run: Path, environ: dict[str, str], *, steps: int
+) -> dict[str, float]:
     """Run to `steps` steps and return rank 0's phases, in seconds since its process began."""
     done = subprocess.run(
         [*command, f"--run-dir={run}", f"--max-steps={steps}", *FLAGS],

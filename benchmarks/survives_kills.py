@@ -102,8 +102,7 @@ def losses(run: Path) -> tuple[list[int], list[float]]:
     rows = [row for row in rows if "train_loss" in row]
     values = [row["train_loss"] for row in rows]
     means = [
-        sum(values[max(0, i - SMOOTH + 1) : i + 1]) / min(i + 1, SMOOTH)
-        for i in range(len(values))
+        sum(values[max(0, i - SMOOTH + 1) : i + 1]) / min(i + 1, SMOOTH) for i in range(len(values))
     ]
     return [row["step"] for row in rows], means
 

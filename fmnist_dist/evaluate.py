@@ -10,12 +10,12 @@ from cyclopts import App, Group, Parameter
 
 from fmnist_dist import config as configuration
 from fmnist_dist.checkpoint.restore import read_newest
-from fmnist_dist.command import run_command
 from fmnist_dist.config import Config
 from fmnist_dist.errors import DataDamagedError, UsageError
-from fmnist_dist.foundrun import FoundRun, find_run
+from fmnist_dist.inspection.command import run_command
+from fmnist_dist.inspection.foundrun import FoundRun, find_run
+from fmnist_dist.inspection.summary import settings_in_force
 from fmnist_dist.rule import InvalidSettingError
-from fmnist_dist.summary import settings_in_force
 from fmnist_dist.telemetry import events
 from fmnist_dist.usage import columns
 
@@ -54,7 +54,7 @@ def evaluate(
     restored = read_newest(found.storage, found.log, step=checkpoint)
     config = _config(found, device=device, data_dir=data_dir)
     events.configure(log_format="text", rank=0, stream=sys.stderr)
-    from fmnist_dist.rescore import rescore  # noqa: PLC0415 - torch takes seconds
+    from fmnist_dist.inspection.rescore import rescore  # noqa: PLC0415 - torch takes seconds
 
     result = rescore(restored, config)
     if as_json:

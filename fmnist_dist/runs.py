@@ -13,12 +13,12 @@ from cyclopts import App, Group, Parameter
 
 from fmnist_dist.checkpoint.sweep import CHECKPOINTS, prune
 from fmnist_dist.checkpoint.verify import Findings, verify
-from fmnist_dist.command import run_command
 from fmnist_dist.errors import DataDamagedError, ExitCode
-from fmnist_dist.foundrun import FoundRun, find_run
-from fmnist_dist.page import columns as aligned
-from fmnist_dist.page import path, show_page
-from fmnist_dist.summary import summarise
+from fmnist_dist.inspection.command import run_command
+from fmnist_dist.inspection.foundrun import FoundRun, find_run
+from fmnist_dist.inspection.page import columns as aligned
+from fmnist_dist.inspection.page import path, show_page
+from fmnist_dist.inspection.summary import summarise
 from fmnist_dist.usage import columns
 
 Run = Annotated[str, Parameter(help="path or file:// URL of the run's folder")]
@@ -95,7 +95,7 @@ def prune_(run: Run, /) -> None:
 
 def ledger(run: Run, /, *, as_json: AsJson = False) -> None:
     """Prove that each finished epoch consumed every sample exactly once; else exit code 65."""
-    from fmnist_dist.audit import audit  # noqa: PLC0415 - sample orders, for this command only
+    from fmnist_dist.inspection.audit import audit  # noqa: PLC0415 - sample orders, for this command only
 
     found = find_run(run)
     verdict = audit(found, found.history())
@@ -113,7 +113,7 @@ def ledger(run: Run, /, *, as_json: AsJson = False) -> None:
 
 def export_(run: Run, out: Annotated[Path, Parameter(help="folder, new or empty")], /) -> None:
     """Write the evaluated weights and how to load them into a folder of their own."""
-    from fmnist_dist.export import export  # noqa: PLC0415 - data sets, likewise
+    from fmnist_dist.inspection.export import export  # noqa: PLC0415 - data sets, likewise
 
     config = export(find_run(run), out)
     print(f"exported step {config['step']} ({config['weights']} weights) to {path(str(out))}")

@@ -172,7 +172,7 @@ def take_over(
             owner=owner,
             world_size=world_size,
             fingerprint=fingerprint,
-            config=terms.base,
+            config={name: terms.base[name] for name in sorted(_OF_THE_RUN)},
             explicit=dict(launch.explicit),
             wanted=terms.wanted,
             num_samples=num_samples,

@@ -81,7 +81,7 @@ def test_the_ledger_sums_every_sample_of_an_epoch_once() -> None:
 
 
 def test_one_shard_trains_like_plain_pytorch() -> None:
-    """V = 1 without dropout is SGD as everybody writes it, so nothing of the machinery adds to it."""
+    """V = 1 without dropout is SGD as everybody writes it: the machinery adds nothing."""
     (ranks,) = run([1], logical_shards=1, dropout=0.0)
     torch.manual_seed(1)
     model = Cnn(image_shape=(1, 28, 28), num_classes=10, dropout=0.0, widths=(4, 8))

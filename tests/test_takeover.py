@@ -3,7 +3,8 @@
 from pathlib import Path
 from unittest import mock
 
-from in_process import bodies, log_of, small_run
+from in_process import small_run
+from run_files import bodies, log_of
 
 from fmnist_dist import opening
 from fmnist_dist.checkpoint.record import Attempt
@@ -14,7 +15,7 @@ def test_another_instruction_set_warns_and_is_recorded_but_never_refused(tmp_pat
         assert run.launch("--max-steps=2").code == 0
         assert log_of(run.root).read().head.same_bits
         elsewhere = {"torch": "2.99.0", "instruction_set": "SVE512", "cpu_flags": "", "device": "x"}
-        with mock.patch.object(opening, "fingerprint", lambda _: elsewhere):
+        with mock.patch.object(opening, "fingerprint", return_value=elsewhere):
             ended = run.launch("--max-steps=4")
         assert ended.code == 0
         (warning,) = ended.saying("other bits")

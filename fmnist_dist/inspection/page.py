@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fmnist_dist.summary import Summary
+from fmnist_dist.inspection.summary import Summary
 from fmnist_dist.usage import shown
 
 _NOT_MEASURED = {"epoch", "samples"}  # of the newest metric row, and above already

@@ -14,10 +14,10 @@ from fmnist_dist.checkpoint.lineage import Commit
 from fmnist_dist.checkpoint.suspect import Suspect, locate
 from fmnist_dist.data.order import epoch_order
 from fmnist_dist.errors import DataDamagedError, IncompatibleError, UsageError
-from fmnist_dist.foundrun import FoundRun
-from fmnist_dist.page import columns, path
+from fmnist_dist.inspection.foundrun import FoundRun
+from fmnist_dist.inspection.page import columns, path
+from fmnist_dist.inspection.summary import own_settings
 from fmnist_dist.plan import Plan
-from fmnist_dist.summary import own_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

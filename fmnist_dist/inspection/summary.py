@@ -7,7 +7,7 @@ from fmnist_dist.checkpoint.history import History
 from fmnist_dist.checkpoint.lineage import Commit
 from fmnist_dist.config import IDENTITY, OVERRIDABLE, Config, to_json
 from fmnist_dist.filenames import MODEL
-from fmnist_dist.foundrun import FoundRun
+from fmnist_dist.inspection.foundrun import FoundRun
 
 Summary = dict[str, Any]
 

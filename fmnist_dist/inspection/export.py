@@ -17,8 +17,8 @@ from fmnist_dist.checkpoint.storage import StorageError
 from fmnist_dist.data.dataset import spec_of
 from fmnist_dist.errors import DataDamagedError, UsageError
 from fmnist_dist.filenames import EMA, MODEL
-from fmnist_dist.foundrun import FoundRun
-from fmnist_dist.summary import own_settings
+from fmnist_dist.inspection.foundrun import FoundRun
+from fmnist_dist.inspection.summary import own_settings
 
 CONFIG = "config.json"
 _LOAD = """\

@@ -1,0 +1,1 @@
+"""Reading runs without taking them over: what the commands `runs` and `evaluate` share."""
