@@ -27,7 +27,9 @@ class Stream(IntEnum):
 
 def key(stream: Stream, *parts: int) -> int:
     """Return one key in [0, 2**64) for a stream and non-negative integers below 2**64."""
-    value = int(stream)
+    # Mixed before the first part meets it: streams and parts are small numbers, and (1, 0) would
+    # be (2, 1) otherwise.
+    value = _mix_int(int(stream))
     for part in parts:
         value = _mix_int(((value + _GAMMA) & _MASK) ^ part)
     return _mix_int((value + _GAMMA) & _MASK)

@@ -9,7 +9,7 @@ from a warm process makes a kill cost milliseconds; the child that dies is as re
 nothing: they take most of the time, and a kill spares the page cache (see `test_power_cut`).
 """
 
-# ruff: noqa: T201 - it answers on stdout
+
 
 import os
 import sys

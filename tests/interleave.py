@@ -2,8 +2,8 @@
 
 1. Actors are threads of which one runs at a time. Before each storage operation that can matter to
    another actor, the running one asks whether it goes on or who else does.
-2. Every such question, and every fault, is a *choice*: a number below the number of options, 0 being
 2. Every such question, and every fault, is a *choice*: a number below that of the options, 0 being
+   nothing special. An execution is the list of its choices; the next one to run is that list with
    its last raisable number raised, until none is left.
 3. What is explored is bounded by the number of preemptions and of faults in one execution: within
    these bounds it is complete (Musuvathi and Qadeer, PLDI 2007). Few suffice to find most races.

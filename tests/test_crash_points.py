@@ -149,7 +149,7 @@ def test_a_kill_at_any_storage_operation_loses_nothing_acknowledged(
     server: Server, planted: Path, tmp_path: Path
 ) -> None:
     names = kill_everywhere(server, planted, tmp_path)
-    print(f"{len(names)} kills: {names}")  # noqa: T201
+    print(f"{len(names)} kills: {names}")
     # Every method of the disk that a run on a file system with hard links uses was killed.
     assert set(names.values()) == {
         "make_folder", "open_new", "write", "sync", "link", "unlink", "remove_folder", "sync_folder"
@@ -237,7 +237,7 @@ def test_a_kill_of_a_fresh_process_at_any_storage_operation_loses_nothing(
     kills = 0
     while kill_a_fresh_process(planted, tmp_path / f"run-{kills}", kills):
         kills += 1
-    print(f"{kills} kills")  # noqa: T201
+    print(f"{kills} kills")
     assert kills > 100
 
 

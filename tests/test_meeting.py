@@ -1,0 +1,199 @@
+"""How ranks find each other in a store full of what dead attempts left behind."""
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from fmnist_dist.distributed import meeting
+from fmnist_dist.distributed.meeting import Invitation, KeyValue, host_meeting, join_meeting
+from fmnist_dist.errors import ExitCode, TransientError
+
+WORLD = 4
+ENOUGH_SECONDS = 30.0
+SHORT_SECONDS = 0.05
+
+Join = Callable[..., Invitation]
+
+
+class Killed(BaseException):
+    pass
+
+
+@dataclass
+class Store:
+    """A store that outlives attempts, as torchrun's does."""
+
+    values: dict[str, str] = field(default_factory=dict)
+
+    def get(self, key: str) -> str | None:
+        return self.values.get(key)
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+
+@dataclass
+class Mortal:
+    """A rank's access to the store; the rank dies instead of its n-th operation."""
+
+    store: Store
+    operations_left: int
+
+    def get(self, key: str) -> str | None:
+        self._use()
+        return self.store.get(key)
+
+    def set(self, key: str, value: str) -> None:
+        self._use()
+        self.store.set(key, value)
+
+    def _use(self) -> None:
+        if not self.operations_left:
+            raise Killed
+        self.operations_left -= 1
+
+
+@pytest.fixture(autouse=True)
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "POLL_SECONDS", 0.0005)
+
+
+def attempt(
+    accesses: list[KeyValue],
+    port: int,
+    *,
+    join: Join = join_meeting,
+    limit_seconds: float = ENOUGH_SECONDS,
+) -> list[Invitation]:
+    """Let all ranks meet; return the invitations with which those left that were not killed."""
+    left: list[Invitation] = []
+    errors: list[Exception] = []
+
+    def be(rank: int, keys: KeyValue) -> None:
+        try:
+            if rank == 0:
+                left.append(
+                    host_meeting(
+                        keys,
+                        world_size=len(accesses),
+                        host="here",
+                        port=port,
+                        limit_seconds=limit_seconds,
+                    )
+                )
+            else:
+                left.append(join(keys, rank=rank, limit_seconds=limit_seconds))
+        except Killed:
+            pass
+        except Exception as error:  # noqa: BLE001 - told by the main thread
+            errors.append(error)
+
+    ranks = [threading.Thread(target=be, args=each) for each in enumerate(accesses)]
+    random.shuffle(ranks)
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert errors == []
+    return left
+
+
+def drill(seed: int, *, join: Join = join_meeting, limit_seconds: float = ENOUGH_SECONDS) -> None:
+    """Kill some attempts anywhere in their meeting; then the living must meet each other."""
+    place, store = random.Random(seed), Store()
+    for dead in range(place.randrange(1, 4)):
+        mortals = [Mortal(store, place.randrange(0, 40)) for _ in range(WORLD)]
+        attempt(list(mortals), port=dead)
+    left = attempt([store] * WORLD, port=99, join=join, limit_seconds=limit_seconds)
+    assert left == [left[0]] * WORLD
+    assert left[0].port == 99
+
+
+def test_all_ranks_leave_with_the_invitation_of_the_living_host() -> None:
+    for seed in range(60):
+        drill(seed)
+
+
+@pytest.mark.slow
+def test_all_ranks_leave_with_the_invitation_of_the_living_host_many_times() -> None:
+    for seed in range(1000, 2000):
+        drill(seed)
+
+
+def test_the_drill_finds_a_rank_that_leaves_on_any_confirmation() -> None:
+    def careless(keys: KeyValue, *, rank: int, limit_seconds: float) -> Invitation:
+        for _ in range(10_000):
+            text = keys.get("invitation")
+            if text is not None:
+                nonce, host, port = json.loads(text)
+                keys.set(f"answer/{nonce}/{rank}", "somebody")
+                if keys.get(f"confirmed/{nonce}") is not None:
+                    return Invitation(nonce=nonce, host=host, port=port)
+            time.sleep(meeting.POLL_SECONDS)
+        raise TransientError("nobody")
+
+    with pytest.raises(AssertionError):
+        drill_often(careless)
+
+
+def drill_often(join: Join) -> None:
+    for seed in range(60):
+        drill(seed, join=join, limit_seconds=2.0)
+
+
+def test_two_meetings_in_one_store_have_different_names() -> None:
+    store = Store()
+    first = attempt([store] * 2, port=1)
+    second = attempt([store] * 2, port=2)
+    assert first[0].nonce != second[0].nonce
+    assert (first[0].port, second[0].port) == (1, 2)
+
+
+def test_a_world_of_one_does_not_wait() -> None:
+    found = host_meeting(Store(), world_size=1, host="here", port=7, limit_seconds=0.0)
+    assert (found.host, found.port) == ("here", 7)
+
+
+def join_in_vain(store: Store) -> None:
+    with pytest.raises(TransientError):
+        join_meeting(store, rank=1, limit_seconds=4 * SHORT_SECONDS)
+
+
+def test_a_rank_that_does_not_come_is_named_in_time() -> None:
+    store = Store()
+    guest = threading.Thread(target=lambda: join_in_vain(store))
+    guest.start()
+    began = time.monotonic()
+    with pytest.raises(TransientError, match=r"ranks \[2\] of 3 did not come") as caught:
+        host_meeting(store, world_size=3, host="here", port=1, limit_seconds=SHORT_SECONDS)
+    assert time.monotonic() - began < SHORT_SECONDS + 5
+    assert caught.value.exit_code == ExitCode.TRANSIENT == 75
+    guest.join()
+
+
+@pytest.mark.parametrize("left_behind", ["nothing", "an invitation", "a whole meeting"])
+def test_a_rank_whose_host_does_not_come_says_so_in_time(left_behind: str) -> None:
+    store = Store()
+    if left_behind == "an invitation":
+        attempt([Mortal(store, 1), Mortal(store, 30)], port=1)
+        assert "invitation" in store.values
+    if left_behind == "a whole meeting":
+        attempt([store] * 2, port=1)
+        assert any(key.startswith("confirmed/") for key in store.values)
+    began = time.monotonic()
+    with pytest.raises(TransientError, match="did not call rank 1 to a meeting") as caught:
+        join_meeting(store, rank=1, limit_seconds=SHORT_SECONDS)
+    assert time.monotonic() - began < SHORT_SECONDS + 5
+    assert caught.value.exit_code == ExitCode.TRANSIENT
+
+
+def test_answers_of_dead_ranks_do_not_make_a_living_host_leave() -> None:
+    store = Store()
+    attempt([store] * 3, port=1)  # a whole meeting, with all its answers
+    with pytest.raises(TransientError, match=r"ranks \[1, 2\] of 3"):
+        host_meeting(store, world_size=3, host="here", port=2, limit_seconds=SHORT_SECONDS)
