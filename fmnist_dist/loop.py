@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from fmnist_dist.checkpoint.hint import ProgressHint
 from fmnist_dist.distributed.evaluation import Score
@@ -72,10 +72,7 @@ def train(parts: Parts) -> None:
         step = plan.at(state.step)
         outcome = parts.step(step, parts.gather, stop=parts.stop.requested)
         if not math.isfinite(outcome.result.loss):
-            raise NoProgressError(
-                f"the loss of step {step.step} is {outcome.result.loss}: it would be so again, bit "
-                "for bit; lower --lr and start again, which goes on from the newest checkpoint"
-            )
+            _give_up(parts, f"the loss of step {step.step + 1} is {outcome.result.loss}")
         state.advance(step, outcome.result)
 
         now = time.monotonic()
@@ -96,7 +93,7 @@ def train(parts: Parts) -> None:
     if saves is not None:
         reason = "epochs" if state.step >= plan.total_steps else "max-steps"
         saves.insist(state, reason="finish", limit_seconds=parts.finish_seconds)
-        saves.finish(state, reason=reason)
+        saves.finish(state, reason=reason, limit_seconds=parts.finish_seconds)
 
 
 def _evaluate(parts: Parts) -> None:
@@ -104,6 +101,8 @@ def _evaluate(parts: Parts) -> None:
     if state.evaluated:
         return
     score = parts.evaluate()
+    if not math.isfinite(score.loss):
+        _give_up(parts, f"the test loss after step {state.step} is {score.loss}")
     state.measure(
         epoch=parts.plan.epochs_done(state.step),
         test_loss=score.loss,
@@ -115,4 +114,15 @@ def _evaluate(parts: Parts) -> None:
         step=state.step,
         test_accuracy=round(score.accuracy, 4),
         test_loss=round(score.loss, 4),
+    )
+
+
+def _give_up(parts: Parts, what: str) -> NoReturn:
+    """End on a loss that is no number, and take back a checkpoint of the weights that gave it."""
+    where = "from the newest checkpoint"
+    if parts.saves is not None:
+        step = parts.saves.take_back(parts.state, why=what)
+        where = f"from the checkpoint of step {step}" if step else "from the beginning"
+    raise NoProgressError(
+        f"{what}: it would be so again, bit for bit; lower --lr and start again, it goes on {where}"
     )

@@ -40,7 +40,7 @@ def run_folder(url: str) -> Path:
     """Return the local folder that a run URL names."""
     _, path = url_to_fs(url)
     folder = Path(path)
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    existing = next(each for each in (folder, *folder.parents) if _exists(each))
     if not existing.is_dir():
         raise IncompatibleError(
             f"--run-dir {url}: {existing} is a file; expected a folder or a new name"
@@ -53,15 +53,19 @@ def run_folder(url: str) -> Path:
     return folder
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # inside a folder that this user may not enter (Python 3.11)
+        return False
+
+
 def open_run(
     launch: Launch, joined: World, root: Path, environ: Mapping[str, str], *, num_samples: int
 ) -> Run | None:
     """Take the run over on rank 0 and tell the others; None when nothing is left to do."""
-    storage = LocalStorage(
-        root, single_writer=launch.config.single_writer, disk=_disk(environ, joined)
-    )
-    log = RunLog(storage)
     if not joined.is_main:
+        log = RunLog(LocalStorage(root))
         text = joined.hear("resumption")
         if text.startswith("failed "):
             raise PeerFailedError(int(text.removeprefix("failed ")))
@@ -72,6 +76,8 @@ def open_run(
         files = share_files(joined, None) if resumption.step else {}
         return Run(root=root, log=log, writer=None, resumption=resumption, files=files)
     try:
+        storage = LocalStorage(root, single_writer=launch.config.single_writer, disk=_disk(environ))
+        log = RunLog(storage)
         taken = _take_over(launch, joined, storage, log, root, num_samples=num_samples)
     except FmnistDistError as error:
         joined.tell("resumption", f"failed {int(error.exit_code)}")
@@ -87,9 +93,9 @@ def open_run(
     return Run(root=root, log=log, writer=writer, resumption=resumption, files=files)
 
 
-def _disk(environ: Mapping[str, str], joined: World) -> Disk:
+def _disk(environ: Mapping[str, str]) -> Disk:
     faults = environ.get(FAULTS_VARIABLE)
-    if faults is None or not joined.is_main:
+    if not faults:
         return Disk()
     try:
         disk = disk_from(faults)

@@ -123,8 +123,9 @@ class Plan:
         settings = replace(last.settings, **changed)
         if settings.batch_size != last.settings.batch_size and position != 0:
             raise ValueError(
-                f"the batch size can change at the boundary of an epoch only, and step {step} is "
-                f"{position} samples into epoch {point_epoch}"
+                f"batch size {last.settings.batch_size} can become {settings.batch_size} at an "
+                f"epoch's boundary only, and step {step} is {position} samples into epoch "
+                f"{point_epoch + 1}; keep --batch-size {last.settings.batch_size} until then"
             )
         anew = {"epochs", "schedule", "batch_size"} & {
             name for name in changed if getattr(settings, name) != getattr(last.settings, name)

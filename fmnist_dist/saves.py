@@ -65,7 +65,7 @@ class Saves:
         except StorageError as error:
             unsaved = time.monotonic() - self._durable_at
             if unsaved > self._config.max_unsaved_seconds:
-                raise
+                raise self._gave_up(error, unsaved) from error
             self._retry_at = time.monotonic() + RETRY_SECONDS
             _events.warning(
                 "save failed, training goes on",
@@ -84,17 +84,45 @@ class Saves:
                 self._save(state, reason)
             except StorageError as error:
                 if time.monotonic() > deadline:
-                    raise
+                    raise self._gave_up(error, time.monotonic() - self._durable_at) from error
                 _events.warning("save failed, trying again", step=state.step, error=str(error))
                 time.sleep(RETRY_SECONDS)
 
-    def finish(self, state: TrainState, *, reason: str) -> None:
-        """Record that the run is complete."""
-        self._writer.finish(step=state.step, reason=reason, metrics=state.metrics)
+    def finish(self, state: TrainState, *, reason: str, limit_seconds: float) -> None:
+        """Record that the run is complete, trying again until the limit."""
+        deadline = time.monotonic() + limit_seconds
+        while True:
+            try:
+                self._writer.finish(step=state.step, reason=reason, metrics=state.metrics)
+            except StorageError as error:
+                if time.monotonic() > deadline:
+                    raise self._gave_up(error, limit_seconds) from error
+                _events.warning("not recorded as finished, trying again", error=str(error))
+                time.sleep(RETRY_SECONDS)
+            else:
+                return
+
+    def take_back(self, state: TrainState, *, why: str) -> int | None:
+        """Put a checkpoint of just this state in quarantine; return the newest step left, if any.
+
+        Its weights lead to a loss that is no number: whoever went on from it would end there again.
+        """
+        newest = self._writer.head.checkpoints[-1:]
+        if newest and newest[0].step == state.step:
+            self._writer.quarantine(newest[0], why=why)
+        return self._writer.head.newest_step
 
     def _is_durable(self, state: TrainState) -> bool:
         # A step is saved once. Rows of an evaluation that came later travel with the next one.
         return self._durable_step is not None and state.step <= self._durable_step
+
+    def _gave_up(self, error: StorageError, seconds: float) -> StorageError:
+        newest = "none" if self._durable_step is None else f"step {self._durable_step}"
+        return StorageError(
+            f"storage has failed for {seconds:.0f} s (limit --max-unsaved-seconds "
+            f"{self._config.max_unsaved_seconds:g}): {error}; newest checkpoint: {newest}; free "
+            "space or bring the storage back, then the same command goes on"
+        )
 
     def _save(self, state: TrainState, reason: str) -> None:
         started = time.monotonic()
@@ -122,4 +150,9 @@ class Saves:
             bytes=sum(map(len, files.values())),
             seconds=round(self._durable_at - started, 3),
         )
-        self._writer.retire(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
+        try:
+            self._writer.retire(
+                keep_last=self._config.keep_last, keep_every=self._config.keep_every
+            )
+        except StorageError as error:
+            _events.warning("old checkpoints were not deleted", error=str(error))

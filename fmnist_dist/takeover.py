@@ -126,7 +126,12 @@ def read_terms(log: RunLog, head: Head, launch: Launch, *, num_samples: int) -> 
     )
     terms = dataclasses.replace(terms, wanted=wanted)
     step = head.newest_step or 0
-    with_wanted(terms, step).plan(launch, num_samples)  # refuses what cannot begin at this step
+    settings = with_wanted(terms, step).plan(launch, num_samples).settings
+    if settings.batch_size % terms.base["logical_shards"]:
+        raise UsageError(
+            f"--batch-size {settings.batch_size}: expected a multiple of this run's "
+            f"{terms.base['logical_shards']} logical shards"
+        )
     finished = head.finished_step
     end = min(plan.total_steps, launch.config.max_steps or plan.total_steps)
     return dataclasses.replace(terms, done=not wanted and finished is not None and finished >= end)
@@ -191,7 +196,13 @@ def take_over(
     step = restored.commit.checkpoint.step if restored else 0
     changed = terms.wanted
     terms = with_wanted(terms, step)
-    terms.plan(launch, num_samples)
+    try:
+        terms.plan(launch, num_samples)
+    except IncompatibleError:
+        # It fitted the newest checkpoint, which was damaged. Not wanted any more: or every later
+        # launch would inherit it, and end here too.
+        writer.override(step=step, settings={})
+        raise
     if changed:
         writer.override(step=step, settings=changed)
         _events.info("settings changed", step=step, **changed)

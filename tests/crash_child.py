@@ -9,8 +9,6 @@ from a warm process makes a kill cost milliseconds; the child that dies is as re
 nothing: they take most of the time, and a kill spares the page cache (see `test_power_cut`).
 """
 
-
-
 import os
 import sys
 from pathlib import Path

@@ -191,6 +191,14 @@ def test_retention_counts_verified_checkpoints_only(run: Path) -> None:
     assert [each.step for each in writer.head.checkpoints] == [20, 40]
 
 
+def test_a_record_damaged_after_it_was_verified_stops_no_retirement(run: Path) -> None:
+    writer, _, _ = start(LocalStorage(run))
+    assert writer.retire(keep_last=4, keep_every=None) == []  # verifies all
+    flip_a_bit(record_of(run, 2))
+    assert writer.retire(keep_last=1, keep_every=None) == [10, 30]
+    assert [each.step for each in writer.head.checkpoints] == [40]
+
+
 def test_a_damaged_record_suspends_the_sweep_of_folders(run: Path) -> None:
     storage = LocalStorage(run)
     writer, _, _ = start(storage)

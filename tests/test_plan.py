@@ -94,7 +94,7 @@ def test_any_changes_made_on_the_way_leave_every_epoch_whole(
         middle = plan.point(step).position != 0
         other_size = changed.get("batch_size", size_at(plan, step)) != size_at(plan, step)
         if middle and other_size:
-            with pytest.raises(ValueError, match="boundary of an epoch only"):
+            with pytest.raises(ValueError, match="at an epoch's boundary only"):
                 plan_of(num_samples, *made, (step, changed), batch_size=batch_size)
             continue
         made.append((step, changed))
@@ -130,7 +130,7 @@ def assert_every_epoch_is_whole_until_the_epochs_were_cut(plan: Plan) -> None:
 def test_the_batch_size_changes_at_the_boundary_of_an_epoch() -> None:
     plan = plan_of(20, (3, {"batch_size": 10}), epochs=2)
     assert [each.size for each in steps_of(plan)] == [8, 8, 4, 10, 10]
-    with pytest.raises(ValueError, match="step 4 is 8 samples into epoch 1"):
+    with pytest.raises(ValueError, match="step 4 is 8 samples into epoch 2"):
         plan_of(20, (4, {"batch_size": 10}))
 
 

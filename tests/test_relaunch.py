@@ -190,7 +190,6 @@ def test_what_a_killed_launch_wanted_is_wanted_until_another_word() -> None:
     assert rule(pending={"lr": 9.0}, explicit={"ema": 0.5}) == {"ema": 0.5, "lr": 9.0}
 
 
-@pytest.mark.xfail(reason="from the second attempt on, settings of launches are in there too")
 def test_an_attempts_record_holds_only_the_settings_of_the_run(run: SmallRun) -> None:
     """Else a setting of launches that a later version drops would close every run to it."""
     assert run.launch("--max-steps", "2").code == 0

@@ -219,7 +219,6 @@ def test_storage_that_stays_away_too_long_ends_the_launch_and_loses_nothing(
     assert model_sha256(run.root) == undisturbed
 
 
-@pytest.mark.xfail(reason="one line of strerror; neither the limit nor the checkpoint is named")
 def test_storage_that_stays_away_says_what_is_safe_and_what_to_do(run: SmallRun) -> None:
     assert run.launch("--max-steps", "2").code == 0
     ended = run.launch(*EVERY_TWO, "--max-unsaved-seconds", "1e-6", environ=away_from_saving(run))
@@ -228,7 +227,6 @@ def test_storage_that_stays_away_says_what_is_safe_and_what_to_do(run: SmallRun)
     assert "step 2" in line
 
 
-@pytest.mark.xfail(reason="deleting what retention lets go is taken for a part of the save")
 def test_a_checkpoint_that_stands_is_not_called_failed(
     run: SmallRun,
 ) -> None:

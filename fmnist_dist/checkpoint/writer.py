@@ -14,11 +14,13 @@ from typing import Any
 
 from fmnist_dist.checkpoint import lineage
 from fmnist_dist.checkpoint.head import Head, Retained
+from fmnist_dist.checkpoint.lineage import Commit
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import (
     Attempt,
     Body,
     Checkpoint,
+    DamagedRecordError,
     File,
     Finish,
     Override,
@@ -162,16 +164,20 @@ class RunWriter:
         """
         for retained in self.head.checkpoints:
             self._verify(retained)
-        gone = to_retire(self.head.checkpoints, keep_last=keep_last, keep_every=keep_every)
+        gone: list[Commit] = []
+        for each in to_retire(self.head.checkpoints, keep_last=keep_last, keep_every=keep_every):
+            try:
+                gone.append(lineage.commit(self._log, each.index))
+            except DamagedRecordError as error:  # since it was verified
+                self.quarantine(each, why=str(error))
         if not gone:
             return []
-        commits = [lineage.commit(self._log, each.index) for each in gone]
-        folders = tuple(each.checkpoint.folder for each in commits)
+        folders = tuple(each.checkpoint.folder for each in gone)
         indices = tuple(each.index for each in gone)
         self._append(lambda _: Retire(checkpoints=indices, folders=folders))
         for folder in folders:
             delete_tensors(self._storage, folder)
-        return [each.step for each in gone]
+        return [each.checkpoint.step for each in gone]
 
     def override(self, *, step: int, settings: dict[str, Any]) -> None:
         """Record that `settings` hold from `step` on, before that step runs."""
