@@ -28,8 +28,9 @@ from fmnist_dist.settings import Launch
 from fmnist_dist.state import TrainState
 from fmnist_dist.telemetry import events
 from fmnist_dist.telemetry.events import EventLog
+from fmnist_dist.telemetry.extent import Extent
 from fmnist_dist.telemetry.phases import Phases
-from fmnist_dist.telemetry.progress import Extent, Progress, is_terminal, make_progress
+from fmnist_dist.telemetry.progress import Progress, is_terminal, make_progress
 
 _events = EventLog("fmnist_dist.job")
 
@@ -73,6 +74,11 @@ def run(launch: Launch, environ: Mapping[str, str], phases: Phases) -> None:
             stack.callback(hint.close)
         phases.ended("model")
         _say_start(config, plan, joined, found, state, root)
+        if environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+            _events.warning(
+                "torchrun will not restart lost workers: give it --max-restarts=100 "
+                "(its default is 0), or start the same command again by hand"
+            )
         stack.enter_context(world.naming_lost_peers())
         loop.train(
             loop.Parts(

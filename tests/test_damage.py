@@ -1,5 +1,6 @@
 """Every file of a run, damaged in every way: found, told, passed over, never chosen again."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,12 @@ STEPS = (10, 20, 30, 40)
 RECORDS = 6
 
 each_damage = pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: each.__name__)
+
+
+@pytest.fixture(autouse=True)
+def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Syncs are most of the time, and matter in `test_power_cut` only."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,12 @@ FOREVER = 100_000
 TMPFS_BYTES = 256 * 1024
 
 
+@pytest.fixture(autouse=True)
+def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Syncs are most of the time, and matter in `test_power_cut` only."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 def saved_once(run: Path) -> tuple[LocalStorage, RunWriter]:
     storage = LocalStorage(run)
     writer = begin(storage)

@@ -81,7 +81,7 @@ CHANGES = st.fixed_dictionaries(
 
 
 @given(num_samples=st.integers(1, 40), batch_size=st.integers(1, 25), data=st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_any_changes_made_on_the_way_leave_every_epoch_whole(
     num_samples: int, batch_size: int, data: st.DataObject
 ) -> None:

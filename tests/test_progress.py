@@ -18,7 +18,8 @@ import pytest
 
 from fmnist_dist.telemetry.bar import BarProgress
 from fmnist_dist.telemetry.events import LogFormat, configure
-from fmnist_dist.telemetry.progress import Extent, LineProgress, NullProgress, make_progress
+from fmnist_dist.telemetry.extent import Extent
+from fmnist_dist.telemetry.progress import LineProgress, NullProgress, make_progress
 
 EXTENT = Extent(first_step=100, total_steps=500, num_epochs=5)
 
@@ -80,7 +81,8 @@ def test_ranks_other_than_0_have_no_progress() -> None:
 CHILD = """
 import sys
 from fmnist_dist.telemetry.events import EventLog, configure
-from fmnist_dist.telemetry.progress import Extent, is_terminal, make_progress
+from fmnist_dist.telemetry.extent import Extent
+from fmnist_dist.telemetry.progress import is_terminal, make_progress
 
 log_format, stream = sys.argv[1], sys.stderr
 configure(log_format=log_format, rank=0, stream=stream)

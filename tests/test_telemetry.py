@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fmnist_dist.telemetry.events import EventLog, Field, LogFormat, configure, set_context
-from fmnist_dist.telemetry.progress import Extent
+from fmnist_dist.telemetry.extent import Extent
 
 EXTENT = Extent(first_step=100, total_steps=500, num_epochs=5)
 LOG = EventLog("fmnist_dist.job")

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from fmnist_dist.telemetry.events import divert
-from fmnist_dist.telemetry.progress import Extent
+from fmnist_dist.telemetry.extent import Extent
 
 # One drawing takes 2 to 3 ms beside busy cores: two a second are 0.5 % of a core at any step time.
 DRAW_EVERY_SECONDS = 0.5

@@ -8,24 +8,15 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 from fmnist_dist.telemetry.events import EventLog, LogFormat
+from fmnist_dist.telemetry.extent import Extent
 
 LINE_EVERY_SECONDS = 10.0
 # Time left comes from the speed since the line before the last three: one slow save or evaluation
 # does not throw it, and a world that has shrunk shows within half a minute.
 _NUM_MARKS = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Extent:
-    """What there is to do: the run goes from `first_step` (not 0 on resume) to `total_steps`."""
-
-    first_step: int
-    total_steps: int
-    num_epochs: int
 
 
 class Progress(Protocol):
