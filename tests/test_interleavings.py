@@ -24,7 +24,7 @@ from fmnist_dist.filenames import METRICS, MODEL
 
 Check = Callable[[], None]
 NETWORK = ("applied", "lost", "refused")
-TRIES = 3  # of a save: more than the faults of one execution
+TRIES = 4  # of a save: more than the faults of one execution
 
 
 def small(step: int) -> Snapshot:

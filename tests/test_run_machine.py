@@ -181,4 +181,4 @@ TestRunMachine.settings = settings(
 
 @pytest.mark.slow
 class TestRunMachineForLong(RunMachine.TestCase):
-    settings = settings(TestRunMachine.settings, max_examples=1500, stateful_step_count=50)
+    settings = settings(TestRunMachine.settings, max_examples=700, stateful_step_count=50)

@@ -106,8 +106,12 @@ def naming_lost_peers() -> Iterator[None]:
     except RuntimeError as error:
         if "gloo" not in str(error).lower():
             raise
-        reason = str(error).rpartition("] ")[2].splitlines()[0]
-        raise TransientError(f"another rank is gone ({reason})") from error
+        # "[file:line] What happened. This is typically caused by ..."
+        text = str(error).splitlines()[0]
+        reason = (text.partition("] ")[2] or text).split(". ")[0]
+        raise TransientError(
+            f"another rank is gone ({reason}): this one ends too, so that all can start again"
+        ) from error
 
 
 def _device(name: str, *, local_rank: int) -> torch.device:
