@@ -54,6 +54,10 @@ class Terms:
             )
         except ValueError as error:
             raise IncompatibleError(str(error)) from error
+        except TypeError as error:
+            raise IncompatibleError(
+                f"the run's settings were changed by another version: {error}; use that one"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +190,6 @@ def take_over(
 
     writer = RunWriter.begin(storage, log, owner=owner, make=make)
     head = writer.head
-    for index in log.read().damaged:
-        _events.warning("a record of the run log is damaged", index=index)
     if not head.same_bits:
         _events.warning(
             "this machine computes other bits than an earlier attempt of this run", **fingerprint

@@ -106,7 +106,7 @@ def naming_lost_peers() -> Iterator[None]:
     except RuntimeError as error:
         if "gloo" not in str(error).lower():
             raise
-        # "[file:line] What happened. This is typically caused by ..."
+        # A place in brackets, what happened, and sentences of general advice.
         text = str(error).splitlines()[0]
         reason = (text.partition("] ")[2] or text).split(". ")[0]
         raise TransientError(
