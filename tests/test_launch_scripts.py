@@ -74,6 +74,9 @@ class Local:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Whoever runs the tests in the background may have it ignored, and a shell script
+            # cannot take back what was ignored when it began.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         )
 
     def run(self, *flags: str, **environment: str) -> tuple[int, list[str], list[str]]:
@@ -137,6 +140,10 @@ def test_a_signal_to_the_script_alone_reaches_training_once(
         # A terminal signals the group of the script: training in it would hear Ctrl-C twice.
         assert [process.stdout.readline() for _ in range(2)][1] == "leads its group: True\n"
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()  # else leaving the block would wait for ever
+            raise
     assert process.returncode == 100 + number
     assert f"stopped on {number.name}; the same command goes on" in errors
