@@ -21,6 +21,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
 
 from fmnist_dist.checkpoint import lineage
 from fmnist_dist.checkpoint.hint import read_hints
@@ -131,9 +132,11 @@ def draw(target: Path, calm: Path, killed: Path) -> None:
             color="#cb181d",
         )
     axes.set(xlabel="step", ylabel="training loss", xlim=(0, STEPS))
-    axes.fill_between([], [], color="#fcbba1", label="steps done again")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    again = Patch(color="#fcbba1", label="steps done again")
+    axes.legend(
+        handles=[*axes.get_legend_handles_labels()[0], again], loc="upper right", framealpha=1
+    )
     figure.savefig(target, metadata={"Date": None})
 
 
