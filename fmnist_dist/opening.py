@@ -114,7 +114,8 @@ def _take_over(
     *,
     num_samples: int,
 ) -> tuple[RunWriter, Resumption, Restored | None] | None:
-    if read_terms(log, log.read().head, launch, num_samples=num_samples).done:
+    terms = read_terms(log, log.read().head, launch, num_samples=num_samples)
+    if terms.done:
         return None
 
     def lost_steps(attempt: int, step: int) -> int | None:
@@ -125,6 +126,7 @@ def _take_over(
         storage,
         log,
         launch,
+        terms,
         owner=joined.owner,
         world_size=joined.size,
         num_samples=num_samples,

@@ -152,6 +152,7 @@ def take_over(
     storage: Storage,
     log: RunLog,
     launch: Launch,
+    terms: Terms,
     *,
     owner: str,
     world_size: int,
@@ -161,10 +162,10 @@ def take_over(
 ) -> tuple[RunWriter, Resumption, Restored | None]:
     """Append an attempt and find where it goes on.
 
+    `terms` are those that the caller read; they are read again for the head that is appended to.
     `lost_steps(attempt, step)` returns how many steps an attempt had got past `step`, if known.
     Raises `FencedError`, `IncompatibleError`, `UsageError`, `DataDamagedError`, `StorageError`.
     """
-    terms = read_terms(log, log.read().head, launch, num_samples=num_samples)
 
     def make(head: Head) -> Attempt:
         nonlocal terms
