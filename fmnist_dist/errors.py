@@ -52,6 +52,12 @@ class TransientError(FmnistDistError):
     exit_code = ExitCode.TRANSIENT
 
 
+class PeerLostError(FmnistDistError):
+    """Another rank is gone. It may come back: then all meet again; if not, a restart is needed."""
+
+    exit_code = ExitCode.PEER_LOST
+
+
 class FencedError(FmnistDistError):
     """A newer attempt stands in the run log: this one may neither commit nor delete any more."""
 

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from interleave import Stage, Violation, explore
+from interleave import Stage, StagedStorage, Violation, explore
+from ranks import Rank, expected_rows, learned_by_the_newest, rows_of_the_line
 from run_builders import begin, files_of, snapshot, start, step_of
 from watch import Watch
 
-from fmnist_dist.checkpoint import restore, writer
+from fmnist_dist.checkpoint import folder, restore, writer
 from fmnist_dist.checkpoint import sweep as sweeping
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.storage import AlreadyExistsError, Storage, StorageError
-from fmnist_dist.checkpoint.writer import RunWriter, Snapshot
+from fmnist_dist.checkpoint.writer import CutOffError, RunWriter, Snapshot
 from fmnist_dist.errors import DataDamagedError, FencedError
 from fmnist_dist.filenames import METRICS, MODEL
 
@@ -174,6 +175,106 @@ def reader_against_retention(stage: Stage) -> Check:
     return next_start(watch, stage)
 
 
+class LineWatch(Watch):
+    """Also: the rows of the line are what its newest weights have learned, at every moment."""
+
+    def __init__(self, storage: StagedStorage) -> None:
+        super().__init__(storage)
+        storage.created = self._created_on_the_line
+        self._objects = storage.objects
+        self._log = RunLog(storage)
+
+    def _created_on_the_line(self, path: str) -> None:
+        self._created(path)
+        if not path.startswith("log/"):
+            return
+        learned = learned_by_the_newest(self._log, self.head, self._objects)
+        rows = list(rows_of_the_line(self._log, self.head, self._objects))
+        if not rows == learned == expected_rows(self.head):
+            raise Violation(f"the line has rows {rows}, and its weights learned {learned}")
+        if self.head.committed and not self.head.checkpoints:
+            raise Violation("no checkpoint is left")
+
+
+def rank_of(storage: Storage, *steps: int) -> Rank:
+    """Return the rank that began an attempt and has saved at `steps`."""
+    mine, restored, _ = start(storage, "a")
+    rank = Rank.after(mine, restored)
+    for step in steps:
+        rank.train(step - rank.step)
+        assert rank.save()
+    return rank
+
+
+def make_durable(watch: Watch, rank: Rank) -> None:
+    """Save until the state, or a newer one, is durable, as every rank does."""
+    for _ in range(TRIES):
+        with contextlib.suppress(StorageError):
+            if not rank.save() and (rank.writer.head.newest_step or 0) < rank.step:
+                raise Violation(f"step {rank.step} was dropped, and none as new stands")
+            watch.acknowledged = max(watch.acknowledged, rank.step)
+            return
+
+
+def two_ranks(stage: Stage) -> Check:
+    """Two ranks of one attempt save the same and other steps, each since its own parent."""
+    watch = LineWatch(stage.storage)
+    stage.options = NETWORK
+    first = rank_of(stage.storage, 1)
+    second = first.follower(stage.storage)
+
+    def saves(rank: Rank, *, steps: tuple[int, ...]) -> None:
+        for more in steps:
+            rank.train(more)
+            make_durable(watch, rank)
+
+    stage.actor("first", lambda: saves(first, steps=(1, 2)))
+    stage.actor("second", lambda: saves(second, steps=(2, 1)))
+    return next_start(watch, stage)
+
+
+def rollback_against_a_slow_rank(stage: Stage) -> Check:
+    """A rank goes on with what another one has just cut off, until it is told."""
+    watch = LineWatch(stage.storage)
+    first = rank_of(stage.storage, 1, 2)
+    second = first.follower(stage.storage)
+
+    def rolls_back() -> None:
+        assert first.writer.rollback(step=1, until=4, why="loss")
+        first.go_on()
+        first.train(4)
+        make_durable(watch, first)
+
+    def goes_on() -> None:
+        second.train(1)
+        try:
+            second.save()
+        except CutOffError:
+            second.go_on()
+            second.train(4)
+            make_durable(watch, second)
+        second.writer.retire(keep_last=3, keep_every=None)
+
+    stage.actor("first", rolls_back)
+    stage.actor("second", goes_on)
+    return next_start(watch, stage)
+
+
+def rollback_against_retention(stage: Stage) -> Check:
+    """One rank retires what another one rolls back to."""
+    watch = LineWatch(stage.storage)
+    first = rank_of(stage.storage, 1, 2)
+    second = first.follower(stage.storage)
+
+    def rolls_back() -> None:
+        with contextlib.suppress(DataDamagedError):  # retention came first
+            first.writer.rollback(step=1, until=2, why="loss")
+
+    stage.actor("first", rolls_back)
+    stage.actor("second", lambda: second.writer.retire(keep_last=1, keep_every=None))
+    return next_start(watch, stage)
+
+
 Scene = Callable[[Stage], Check]
 SCENES: list[tuple[Scene, int, int]] = [  # with the most preemptions and faults in one execution
     (alone, 0, 2),
@@ -183,6 +284,10 @@ SCENES: list[tuple[Scene, int, int]] = [  # with the most preemptions and faults
     (race, 2, 0),
     (prune_of_a_live_run, 3, 0),
     (reader_against_retention, 2, 0),
+    (two_ranks, 2, 0),
+    (two_ranks, 1, 1),
+    (rollback_against_a_slow_rank, 2, 0),
+    (rollback_against_retention, 2, 0),
 ]
 DEEPER: list[tuple[Scene, int, int]] = [
     (alone, 0, 3),
@@ -192,6 +297,10 @@ DEEPER: list[tuple[Scene, int, int]] = [
     (race, 3, 0),
     (prune_of_a_live_run, 4, 0),
     (reader_against_retention, 3, 0),
+    (two_ranks, 3, 0),
+    (two_ranks, 2, 1),
+    (rollback_against_a_slow_rank, 3, 0),
+    (rollback_against_retention, 3, 0),
 ]
 
 
@@ -223,7 +332,7 @@ def takes_every_lost_answer_for_its_own(patch: pytest.MonkeyPatch) -> None:
 
 
 def takes_a_lost_answer_of_a_file_for_a_bug(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RunWriter, "_write_file", lambda mine, *args: mine._storage.create(*args))
+    patch.setattr(folder, "write_file", lambda storage, *args: storage.create(*args))
 
 
 def sweeps_from_an_older_list(patch: pytest.MonkeyPatch) -> None:
@@ -354,6 +463,46 @@ def chooses_before_it_takes_over(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RunWriter, "begin", staticmethod(wrong))
 
 
+def guesses_its_parent_from_the_head(patch: pytest.MonkeyPatch) -> None:
+    save_right = RunWriter.save
+
+    def wrong(mine: RunWriter, state: Snapshot) -> bool:
+        saved = save_right(mine, state)
+        mine.parent = mine.head.checkpoints[-1].index
+        return saved
+
+    patch.setattr(RunWriter, "save", wrong)
+
+
+def saves_what_was_cut_off(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunWriter, "_check_cut", lambda *_: None)
+
+
+def decides_once(patch: pytest.MonkeyPatch, deed: str) -> None:
+    """Take the decision on the head that the writer had, and append it to whatever stands."""
+    append_right = RunWriter._append
+    deed_right = getattr(RunWriter, deed)
+
+    def append_wrong(mine: RunWriter, decide: Callable[[Any], Any]) -> bool:
+        decision = decide(mine.head)
+        return append_right(mine, lambda _: decision)
+
+    def wrong(mine: RunWriter, **arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(mine, "_append", lambda decide: append_wrong(mine, decide))
+            return deed_right(mine, **arguments)
+
+    patch.setattr(RunWriter, deed, wrong)
+
+
+def retires_what_it_decided_before(patch: pytest.MonkeyPatch) -> None:
+    decides_once(patch, "retire")
+
+
+def rolls_back_to_what_was_there_before(patch: pytest.MonkeyPatch) -> None:
+    decides_once(patch, "rollback")
+
+
 MISTAKES: list[tuple[Callable[[pytest.MonkeyPatch], None], Scene, int, int, str]] = [
     (takes_its_own_lost_answer_for_a_rivals, alone, 0, 1, "is retained"),
     (takes_every_lost_answer_for_its_own, race, 1, 0, "none is valid|another head"),
@@ -370,6 +519,10 @@ MISTAKES: list[tuple[Callable[[pytest.MonkeyPatch], None], Scene, int, int, str]
     (deletes_before_it_retires, alone, 0, 0, "is retained"),
     (takes_what_retention_deleted_for_damage, reader_against_retention, 1, 0, "is missing"),
     (chooses_before_it_takes_over, sweep_against_a_slow_save, 1, 0, "starts at|another head"),
+    (guesses_its_parent_from_the_head, two_ranks, 1, 0, "the line has rows"),
+    (saves_what_was_cut_off, rollback_against_a_slow_rank, 1, 0, "the line has rows"),
+    (retires_what_it_decided_before, rollback_against_retention, 1, 0, "no checkpoint is left"),
+    (rolls_back_to_what_was_there_before, rollback_against_retention, 1, 0, "no checkpoint is"),
 ]
 
 

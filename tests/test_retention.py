@@ -15,6 +15,7 @@ from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.retention import to_retire
 from fmnist_dist.checkpoint.storage import AlreadyExistsError, StorageError
 from fmnist_dist.checkpoint.sweep import delete_tensors, prune, sweep
+from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.errors import ExitCode, FencedError
 from fmnist_dist.filenames import METRICS
 
@@ -119,6 +120,89 @@ def test_the_line_leads_from_each_checkpoint_to_the_one_it_was_trained_from() ->
     assert [(each.checkpoint.step, each.attempt) for each in line] == [(10, 1), (20, 1), (30, 2)]
 
 
+def two_writers(storage: MemoryStorage, *steps: int) -> tuple[RunWriter, RunWriter]:
+    """Return writers of two ranks of one attempt, which has saved at these steps."""
+    first, _, _ = start(storage)
+    for step in steps:
+        assert first.save(snapshot(step))
+    log = RunLog(storage)
+    return first, RunWriter.follow(storage, log, attempt=first.attempt, parent=first.parent)
+
+
+def test_a_parent_moves_with_a_save_of_its_own_and_with_no_other() -> None:
+    storage = MemoryStorage()
+    first, second = two_writers(storage, 10)
+    assert first.parent == second.parent == 1
+    assert first.save(snapshot(20))
+    assert not second.save(snapshot(20))  # so its rows are still those since 10
+    assert (first.parent, second.parent) == (2, 1)
+    assert second.head.newest_step == 20
+    assert second.save(snapshot(30))
+    assert not first.save(snapshot(25))
+    assert (first.parent, second.parent) == (2, 3)
+    log = RunLog(storage)
+    line = lineage.line(log, log.read().head)
+    assert [each.checkpoint.step for each in line] == [10, 30]  # 20 holds nothing that 30 lacks
+
+
+def test_a_save_without_an_answer_leaves_the_parent_although_it_may_stand() -> None:
+    class Mute(MemoryStorage):
+        def create(self, path: str, data: bytes) -> None:
+            super().create(path, data)
+            if path == "log/000000000001.json":
+                raise StorageError("no answer")
+
+    writer, _, _ = start(Mute())
+    with pytest.raises(StorageError):
+        writer.save(snapshot(10))
+    assert not writer.save(snapshot(10))
+    assert writer.parent is None
+    assert writer.save(snapshot(20))
+    assert writer.parent == 2
+
+
+def test_a_writer_sees_what_others_of_its_attempt_did_without_appending() -> None:
+    storage = MemoryStorage()
+    first, second = two_writers(storage, 10)
+    first.save(snapshot(20))
+    first.finish(step=20, reason="epochs", metrics={})
+    before = dict(storage.objects)
+    assert second.refresh().newest_step == 20
+    assert second.head.finished_step == 20
+    second.finish(step=20, reason="epochs", metrics={})
+    assert storage.objects == before
+
+
+def test_retention_counts_only_what_still_stands_when_it_appends() -> None:
+    storage = MemoryStorage()
+    first, second = two_writers(storage, 10, 20)
+    first.retire(keep_last=2, keep_every=None)  # has read both
+    second.quarantine(second.head.checkpoints[-1], why="it leads to a loss that is no number")
+    assert first.retire(keep_last=1, keep_every=None) == []
+    assert step_of(start(storage)[1]) == 10
+
+
+def test_a_checkpoint_that_came_while_retention_read_does_not_count_before_it_is_read() -> None:
+    storage = MemoryStorage()
+    first, second = two_writers(storage, 10, 20)
+    second.save(snapshot(30))
+    for index in (2, 3):
+        folder = lineage.commit(RunLog(storage), index).checkpoint.folder
+        storage.objects[f"{folder}/{METRICS}"] = b"damaged"
+    assert first.retire(keep_last=1, keep_every=None) == []  # finds 20 damaged, and hears of 30
+    assert first.retire(keep_last=1, keep_every=None) == []  # finds 30 damaged
+    assert step_of(start(storage)[1]) == 10
+
+
+def test_a_checkpoint_that_two_ranks_let_go_is_retired_once() -> None:
+    storage = MemoryStorage()
+    first, second = two_writers(storage, 10, 20)
+    assert first.retire(keep_last=1, keep_every=None) == [10]
+    before = dict(storage.objects)
+    assert second.retire(keep_last=1, keep_every=None) == []
+    assert storage.objects == before
+
+
 def test_a_fenced_attempt_neither_saves_nor_deletes_anything() -> None:
     storage = MemoryStorage()
     old = begin(storage, "a")
@@ -132,6 +216,10 @@ def test_a_fenced_attempt_neither_saves_nor_deletes_anything() -> None:
         lambda: old.override(step=20, settings={"lr": 1.0}),
         lambda: old.finish(step=20, reason="epochs", metrics={}),
         lambda: old.quarantine(old.head.checkpoints[0], why="x"),
+        lambda: old.heal(step=20, rank=0, reason="killed", seconds=0.1, lost_steps=0),
+        lambda: old.rollback(step=10, until=20, why="x"),
+        old.refresh,
+        lambda: RunWriter.follow(storage, old._log, attempt=old.attempt, parent=None),
     ):
         with pytest.raises(FencedError) as caught:
             deed()

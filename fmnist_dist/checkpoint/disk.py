@@ -11,7 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
-FAULTS_VARIABLE = "FMNIST_DIST_FAULTS"
+from fmnist_dist.faults import DISK_FORM, FAULTS_VARIABLE, Faults
+
+__all__ = ["FAULTS_VARIABLE", "Disk", "FaultyDisk", "disk_from"]
 
 
 class Disk:
@@ -116,13 +118,14 @@ class FaultyDisk(Disk):
 def disk_from(specification: str | None) -> Disk:
     """Return the disk that `FMNIST_DIST_FAULTS` asks for, a plain one without.
 
-    `disk:<action>:<n>[:<times>]`; raises ValueError for what it cannot read.
+    `disk:<action>:<n>[:<times>]`, alone or among others; raises ValueError for what it, or
+    `Faults`, cannot read.
     """
-    if not specification:
+    entry = Faults.parse(specification).disk
+    if entry is None:
         return Disk()
-    found = re.fullmatch(r"disk:(kill|tear|full):(\d+)(?::(\d+))?", specification)
+    found = re.fullmatch(r"disk:(kill|tear|full):(\d+)(?::(\d+))?", entry)
     if found is None:
-        message = f"{FAULTS_VARIABLE}={specification}: expected disk:kill|tear|full:<n>[:<times>]"
-        raise ValueError(message)
+        raise ValueError(f"{FAULTS_VARIABLE}={entry}: expected {DISK_FORM}")
     action, at, times = found.groups()
     return FaultyDisk(action=action, at=int(at), times=int(times or 1))

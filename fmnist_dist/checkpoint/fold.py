@@ -1,5 +1,6 @@
 """Folding: how each record moves the head. A pure function, the heart of every decision."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
@@ -9,9 +10,11 @@ from fmnist_dist.checkpoint.record import (
     Body,
     Checkpoint,
     Finish,
+    Heal,
     Override,
     Quarantine,
     Retire,
+    Rollback,
 )
 
 
@@ -20,7 +23,7 @@ def fold(head: Head, *, index: int, body: Body) -> Head:
     head = replace(head, index=index)
     match body:
         case Attempt():
-            return replace(
+            head = replace(
                 head,
                 attempt=head.attempt + 1,
                 attempt_index=index,
@@ -32,24 +35,55 @@ def fold(head: Head, *, index: int, body: Body) -> Head:
             )
         case Checkpoint():
             retained = (*head.checkpoints, Retained(step=body.step, index=index))
-            return replace(
+            head = replace(
                 head,
                 checkpoints=tuple(sorted(retained, key=lambda each: each.step)),
                 committed=True,
                 swept=max(head.swept, body.swept),
             )
         case Override():
-            return replace(head, overrides=(*head.overrides, index), wanted={})
+            head = replace(head, overrides=(*head.overrides, index), wanted={})
         case Quarantine():
-            return _without(head, {body.checkpoint})
+            head = _without(head, {body.checkpoint})
         case Retire():
-            return _without(head, set(body.checkpoints))
+            head = _without(head, set(body.checkpoints))
         case Finish():
-            return replace(head, finished_step=body.step)
+            head = replace(head, finished_step=body.step)
+        case Heal():
+            pass
+        case Rollback():
+            head = _cut(head, body)
         case _:
             assert_never(body)
+    return head
 
 
 def _without(head: Head, indices: set[int]) -> Head:
     kept = tuple(each for each in head.checkpoints if each.index not in indices)
-    return replace(head, checkpoints=kept)
+    cut_off = tuple(each for each in head.cut_off if each not in indices)
+    return replace(head, checkpoints=kept, cut_off=cut_off)
+
+
+def _cut(head: Head, body: Rollback) -> Head:
+    kept = tuple(each for each in head.checkpoints if each.step <= body.step)
+    gone = (each.index for each in head.checkpoints if each.step > body.step)
+    return replace(
+        head,
+        checkpoints=kept,
+        committed=head.committed and body.step > 0,  # at 0 the initial weights are to be chosen
+        finished_step=None,
+        cut=head.index,
+        cut_off=(*head.cut_off, *gone),
+        passed_over=_united((*head.passed_over, (body.step, body.until))),
+    )
+
+
+def _united(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return the same steps as disjoint, rising ranges that do not touch."""
+    united: list[tuple[int, int]] = []
+    for first, until in sorted(each for each in ranges if each[0] < each[1]):
+        if united and first <= united[-1][1]:
+            united[-1] = (united[-1][0], max(until, united[-1][1]))
+        else:
+            united.append((first, until))
+    return tuple(united)

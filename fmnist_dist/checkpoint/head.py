@@ -25,11 +25,14 @@ class Head:
     owner: str | None = None
     same_bits: bool = True
     checkpoints: tuple[Retained, ...] = ()  # rising steps
-    committed: bool = False  # some checkpoint was ever committed
+    committed: bool = False  # some checkpoint was ever committed, since the newest cut at step 0
     overrides: tuple[int, ...] = ()  # indices of their records
     wanted: dict[str, Any] = field(default_factory=dict)  # asked for, no override stands yet
     swept: int = 0  # orphans of attempts up to this one are gone
     finished_step: int | None = None
+    cut: int | None = None  # index of the newest rollback's record
+    cut_off: tuple[int, ...] = ()  # checkpoints that rollbacks took off the line, not yet retired
+    passed_over: tuple[tuple[int, int], ...] = ()  # steps [from, until), disjoint and rising
 
     @property
     def newest_step(self) -> int | None:
@@ -37,7 +40,10 @@ class Head:
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "Head":
-        values = dict(fields)
+        """Return the head that a record carries; an older record says nothing of rollbacks."""
+        values = {"cut_off": (), "passed_over": (), **fields}
         values["checkpoints"] = tuple(Retained(**each) for each in values["checkpoints"])
         values["overrides"] = tuple(values["overrides"])
+        values["cut_off"] = tuple(values["cut_off"])
+        values["passed_over"] = tuple((first, until) for first, until in values["passed_over"])
         return Head(**values)

@@ -1,5 +1,6 @@
-"""What happened in a run, told from its log: attempts, checkpoints, overrides, lost work."""
+"""What happened in a run, told from its log: attempts, heals, checkpoints, overrides, lost work."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from fmnist_dist.checkpoint.record import (
     Checkpoint,
     DamagedRecordError,
     Finish,
+    Heal,
     Override,
     Record,
+    Rollback,
 )
 
 
@@ -33,10 +36,24 @@ class AttemptStory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HealStory:
+    """One loss of a worker that the attempt went on after; see `Heal`."""
+
+    attempt: int
+    step: int
+    rank: int
+    reason: str
+    seconds: float
+    lost_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class History:
     head: Head
     status: str  # new | running | finished
     attempts: tuple[AttemptStory, ...]
+    heals: tuple[HealStory, ...]
+    rollbacks: tuple[Rollback, ...]
     retained: tuple[Commit, ...]
     config: dict[str, Any]  # the run's own, before overrides
     overrides: tuple[dict[str, Any], ...]
@@ -65,6 +82,7 @@ class _Facts:
     first_step: int | None = None
     last_step: int | None = None  # newest checkpoint of its own
     ended: str | None = None
+    began: bool = False  # it has saved or rolled back: its first step is settled
 
 
 def read_history(log: RunLog, hints: Mapping[int, Reached]) -> History:
@@ -87,6 +105,12 @@ def read_history(log: RunLog, hints: Mapping[int, Reached]) -> History:
         head=head,
         status="new" if head.attempt == 0 else "finished" if finished else "running",
         attempts=tuple(_stories(starts, _facts(records.values()), hints)),
+        heals=tuple(
+            HealStory(attempt=each.attempt, **dataclasses.asdict(each.body))
+            for each in records.values()
+            if isinstance(each.body, Heal)
+        ),
+        rollbacks=tuple(each.body for each in records.values() if isinstance(each.body, Rollback)),
         retained=tuple(
             Commit(index=i, attempt=r.attempt, written_at=r.written_at, checkpoint=r.body)
             for i in (each.index for each in head.checkpoints)
@@ -111,7 +135,13 @@ def _facts(records: Iterable[Record]) -> dict[int, _Facts]:
         if isinstance(record.body, Checkpoint):
             mine.last_step = record.body.step
             mine.ended = "drained" if record.body.reason == "drain" else None
-        elif mine.last_step is None:
+            mine.began = True
+        elif isinstance(record.body, Rollback):
+            # What is cut off was durable: no interruption has lost it, and nobody does it again.
+            mine.last_step = None
+            mine.ended = None
+            mine.began = True
+        elif not mine.began:
             # Until its first save it goes on from what is newest, less what it puts in quarantine.
             mine.first_step = record.head.newest_step or 0
         if isinstance(record.body, Finish):
@@ -126,6 +156,7 @@ def _stories(
 ) -> list[AttemptStory]:
     stories: list[AttemptStory] = []
     following: AttemptStory | None = None
+    passed_over: tuple[tuple[int, int], ...] = ()  # as the following attempt found it
     for record, attempt in reversed(starts):
         known, hint = facts[record.attempt], hints.get(record.attempt)
         last = max(hint.last_step, known.last_step or 0) if hint else known.last_step
@@ -135,7 +166,11 @@ def _stories(
             same = following.owner == attempt.owner
             ended = ended or ("lost" if same else "superseded")
             if is_last_certain and last is not None and following.first_step is not None:
-                lost = max(0, last - following.first_step)
+                lost = _steps(following.first_step, last)
+                lost -= sum(
+                    _steps(max(following.first_step, first), min(last, until))
+                    for first, until in passed_over
+                )
         following = AttemptStory(
             attempt=record.attempt,
             owner=attempt.owner,
@@ -146,5 +181,10 @@ def _stories(
             lost_steps=lost,
             ended=ended,
         )
+        passed_over = record.head.passed_over
         stories.append(following)
     return stories[::-1]
+
+
+def _steps(first: int, until: int) -> int:
+    return max(0, until - first)

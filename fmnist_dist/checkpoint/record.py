@@ -35,6 +35,8 @@ class Kind(StrEnum):
     QUARANTINE = "quarantine"
     RETIRE = "retire"
     FINISH = "finish"
+    HEAL = "heal"
+    ROLLBACK = "rollback"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,32 @@ class Finish:
     metrics: dict[str, float]
 
 
-Body = Attempt | Checkpoint | Override | Quarantine | Retire | Finish
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heal:
+    """A worker was lost or stuck, and the attempt went on with a fresh one in its place."""
+
+    step: int  # where training went on
+    rank: int  # whose worker it was
+    reason: str
+    seconds: float  # without training
+    lost_steps: int  # that nobody who was left had done, and so were done again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """The line is cut at `step`: no checkpoint beyond it is ever chosen again.
+
+    Training goes on from the newest checkpoint up to `step`, for 0 from the initial weights, and
+    passes over the steps from `step` to `until`: it consumes them without learning. Overrides
+    stand, those from beyond the cut too: somebody asked for them from their step on.
+    """
+
+    step: int
+    until: int  # exclusive; steps are counted over the whole run, from 0
+    why: str
+
+
+Body = Attempt | Checkpoint | Override | Quarantine | Retire | Finish | Heal | Rollback
 
 _KINDS: dict[type[Body], Kind] = {
     Attempt: Kind.ATTEMPT,
@@ -116,6 +143,8 @@ _KINDS: dict[type[Body], Kind] = {
     Quarantine: Kind.QUARANTINE,
     Retire: Kind.RETIRE,
     Finish: Kind.FINISH,
+    Heal: Kind.HEAL,
+    Rollback: Kind.ROLLBACK,
 }
 _BODIES = {kind: body for body, kind in _KINDS.items()}
 

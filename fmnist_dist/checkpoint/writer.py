@@ -3,16 +3,21 @@
 Everything that an attempt appends goes through `_append`, which is where it learns that it has
 been fenced. A save is: files under a fresh name, durable; then the record. Only the record makes
 the checkpoint exist.
+
+Every rank of an attempt may have a writer. The log admits each step once, whoever comes first.
+What a rank saves is relative to its own `parent`: the metric rows since then, and no others. So the
+line through the parents has each row once, although it may lead past what other ranks have saved.
+A rank whose state comes from beyond a cut is refused: see `CutOffError`.
 """
 
-import contextlib
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.folder import give_back, write_files
 from fmnist_dist.checkpoint.head import Head, Retained
 from fmnist_dist.checkpoint.lineage import Commit
 from fmnist_dist.checkpoint.log import RunLog
@@ -23,21 +28,25 @@ from fmnist_dist.checkpoint.record import (
     DamagedRecordError,
     File,
     Finish,
+    Heal,
     Override,
     Quarantine,
     Retire,
+    Rollback,
 )
 from fmnist_dist.checkpoint.restore import DamagedCheckpointError, Restored, read_checkpoint
 from fmnist_dist.checkpoint.retention import to_retire
-from fmnist_dist.checkpoint.storage import (
-    AlreadyExistsError,
-    MissingError,
-    Storage,
-    StorageError,
-)
+from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.checkpoint.sweep import CHECKPOINTS, Swept, delete_tensors, folder_name, sweep
 from fmnist_dist.digest import EpochDigest
-from fmnist_dist.errors import DataDamagedError, FencedError
+from fmnist_dist.errors import DataDamagedError, FencedError, TransientError
+
+
+class CutOffError(TransientError):
+    """Another rank has rolled the run back, and this one's state was trained on regardless.
+
+    Nothing of it may come onto the line. `RunWriter.choose` tells what to go on from instead.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +63,12 @@ class Snapshot:
 
 
 class RunWriter:
-    """An attempt that holds the run until a newer one stands in the log."""
+    """An attempt that holds the run until a newer one stands in the log.
+
+    `head` is the log as this writer saw it last; `head.newest_step` is durable. `parent` is the
+    record of the checkpoint that the next snapshot's rows and ledger are relative to, None for the
+    run's beginning. It moves when a save of this writer's own was appended, and never otherwise.
+    """
 
     def __init__(
         self, storage: Storage, log: RunLog, head: Head, *, damaged: tuple[int, ...] = ()
@@ -62,11 +76,12 @@ class RunWriter:
         self._storage = storage
         self._log = log
         self._verified: set[int] = set()
-        self._parent: int | None = None
         self._swept = head.swept
         self._damaged = damaged  # records at the log's end, as this attempt found it
+        self._knows = head.attempt_index or 0  # rollbacks up to this record, the state comes after
         self.head = head
         self.attempt = head.attempt
+        self.parent: int | None = None
 
     @staticmethod
     def begin(
@@ -91,10 +106,34 @@ class RunWriter:
         head = log.append(found.head, decide=decide)
         return RunWriter(storage, log, head, damaged=found.damaged)
 
-    def choose(self, *, report: Callable[[str], None]) -> Restored | None:
-        """Return the newest valid checkpoint, putting damaged ones in quarantine.
+    @staticmethod
+    def follow(
+        storage: Storage, log: RunLog, *, attempt: int, parent: int | None, cut: int | None = None
+    ) -> "RunWriter":
+        """Return a writer of an attempt that another process of the same launch has begun.
 
-        None for a run that has never committed one. Raises `DataDamagedError` where none is left.
+        `parent` is that of the state to be saved. `cut` is the `Head.cut` that the state came
+        after; it matters only where this very attempt has rolled back since it began, and then
+        leaving it out gets `CutOffError`. Raises `FencedError` once a newer attempt stands.
+        """
+        found = log.read()
+        writer = RunWriter(storage, log, found.head, damaged=found.damaged)
+        writer.attempt = attempt
+        writer._check_fence(found.head)
+        writer.parent = parent
+        writer._knows = max(writer._knows, cut or 0)
+        return writer
+
+    def refresh(self) -> Head:
+        """Return the head as the log has it now. Raises `FencedError`."""
+        self._append(lambda _: None)
+        return self.head
+
+    def choose(self, *, report: Callable[[str], None]) -> Restored | None:
+        """Return the newest valid checkpoint of `head`, putting damaged ones in quarantine.
+
+        None for the initial weights: the run has committed none, or none since it was rolled back
+        to them. Raises `DataDamagedError` where none is left.
         """
         for index in self._damaged:
             report(f"record {index} of the run log is damaged: what it told is lost")
@@ -107,13 +146,14 @@ class RunWriter:
                 report(f"the checkpoint of step {newest.step} is unusable: {error}")
                 continue
             self._verified.add(newest.index)
-            self._parent = newest.index
+            self._goes_on_from(newest.index)
             return restored
         if self.head.committed or self._may_have_lost_one():
             raise DataDamagedError(
                 "this run has committed checkpoints and none is valid any more: restore the run "
                 "folder from a copy, or start a new run with another --run-dir"
             )
+        self._goes_on_from(None)
         return None
 
     def sweep(self) -> Swept:
@@ -126,7 +166,9 @@ class RunWriter:
     def save(self, snapshot: Snapshot) -> bool:
         """Make a state durable; False if one as new already stands in the log.
 
-        Raises `FencedError`, or `StorageError`: then the former checkpoint is as good as before.
+        Only after True do the next snapshot's rows begin anew: after False they are those of this
+        one and what comes. Raises `FencedError`, `CutOffError`, or `StorageError`: then the former
+        checkpoint is as good as before.
         """
         folder = folder_name(step=snapshot.step, attempt=self.attempt, nonce=secrets.token_hex(8))
         self._write_files(folder, snapshot.files)
@@ -139,44 +181,61 @@ class RunWriter:
                 name: File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
                 for name, data in snapshot.files.items()
             },
-            parent=self._parent,
+            parent=self.parent,
             ledger=snapshot.ledger,
             evaluated=snapshot.evaluated,
             metrics=dict(snapshot.metrics),
             swept=self._swept,
         )
+
+        def unless_old(head: Head) -> Checkpoint | None:
+            self._check_cut(head)
+            return None if _is_old(head, body.step) else body
+
         try:
-            saved = self._append(lambda head: None if _is_old(head, body.step) else body)
-        except FencedError:
+            saved = self._append(unless_old)
+        except (FencedError, CutOffError):
             # Refused for certain, so nobody will ever look for this folder, and the newer attempt
             # may have swept already. (After a StorageError the record may stand: hands off.)
-            self._give_back(folder)
+            give_back(self._storage, folder)
             raise
-        if not saved:
-            self._give_back(folder)
-        self._parent = self.head.checkpoints[-1].index
+        if saved:
+            self.parent = self.head.index
+        else:
+            give_back(self._storage, folder)
         return saved
 
     def retire(self, *, keep_last: int, keep_every: int | None) -> list[int]:
-        """Retire what retention lets go, and delete its tensors; return the steps.
+        """Retire what retention lets go and what was cut off; delete the tensors, return the steps.
 
         Counts only checkpoints that were read back whole: a damaged one keeps nothing alive.
+        Decides on the head that it appends to: other ranks retire, quarantine and roll back too.
         """
         for retained in self.head.checkpoints:
             self._verify(retained)
+
+        def due(head: Head) -> tuple[int, ...]:
+            whole = [each for each in head.checkpoints if each.index in self._verified]
+            let_go = to_retire(whole, keep_last=keep_last, keep_every=keep_every)
+            return (*(each.index for each in let_go), *head.cut_off)
+
+        known = self._intact_commits(due(self.head))
         gone: list[Commit] = []
-        for each in to_retire(self.head.checkpoints, keep_last=keep_last, keep_every=keep_every):
-            try:
-                gone.append(lineage.commit(self._log, each.index))
-            except DamagedRecordError as error:  # since it was verified
-                self.quarantine(each, why=str(error))
-        if not gone:
-            return []
-        folders = tuple(each.checkpoint.folder for each in gone)
-        indices = tuple(each.index for each in gone)
-        self._append(lambda _: Retire(checkpoints=indices, folders=folders))
-        for folder in folders:
-            delete_tensors(self._storage, folder)
+
+        def decide(head: Head) -> Retire | None:
+            indices = due(head)
+            gone[:] = [known[index] for index in indices if index in known]
+            if not gone:
+                return None
+            return Retire(
+                checkpoints=tuple(each.index for each in gone),
+                folders=tuple(each.checkpoint.folder for each in gone),
+            )
+
+        if known:
+            self._append(decide)
+        for each in gone:
+            delete_tensors(self._storage, each.checkpoint.folder)
         return [each.checkpoint.step for each in gone]
 
     def override(self, *, step: int, settings: dict[str, Any]) -> None:
@@ -188,10 +247,38 @@ class RunWriter:
         body = Quarantine(checkpoint=retained.index, step=retained.step, why=why)
         self._append(lambda head: body if retained in head.checkpoints else None)
 
+    def heal(self, *, step: int, rank: int, reason: str, seconds: float, lost_steps: int) -> None:
+        """Record that the attempt went on at `step` after it had lost the worker of `rank`."""
+        body = Heal(step=step, rank=rank, reason=reason, seconds=seconds, lost_steps=lost_steps)
+        self._append(lambda _: body)
+
+    def rollback(self, *, step: int, until: int, why: str) -> bool:
+        """Cut the line at `step` and pass over the steps from there to `until`; see `Rollback`.
+
+        False if another rank has rolled back first. Either way `choose` tells what to go on from,
+        and this writer saves nothing before it was asked. Raises `DataDamagedError` where no
+        checkpoint up to `step` is left; step 0 needs none.
+        """
+        assert 0 <= step <= until, f"rollback to {step}, passing over up to {until}"
+
+        def unless_cut(head: Head) -> Rollback | None:
+            if self._is_cut_off(head):
+                return None
+            if step and not any(each.step <= step for each in head.checkpoints):
+                raise DataDamagedError(f"no checkpoint up to step {step} is left to roll back to")
+            return Rollback(step=step, until=until, why=why)
+
+        return self._append(unless_cut)
+
     def finish(self, *, step: int, reason: str, metrics: Mapping[str, float]) -> None:
-        """Record that the run is complete, once."""
+        """Record that the run is complete, once, whichever ranks do. Raises `CutOffError`."""
         body = Finish(step=step, reason=reason, metrics=dict(metrics))
-        self._append(lambda head: None if head.finished_step == step else body)
+
+        def unless_finished(head: Head) -> Finish | None:
+            self._check_cut(head)
+            return None if head.finished_step == step else body
+
+        self._append(unless_finished)
 
     def _append(self, decide: Callable[[Head], Body | None]) -> bool:
         """Append unless `decide` drops it. Raises `FencedError` once a newer attempt stands."""
@@ -199,11 +286,8 @@ class RunWriter:
 
         def unless_fenced(head: Head) -> Body | None:
             nonlocal appended
-            if head.attempt != self.attempt:
-                raise FencedError(
-                    f"attempt {head.attempt} has taken this run over: attempt {self.attempt} stops "
-                    "here and has changed nothing since"
-                )
+            self.head = head  # also where it is refused: what was seen stays seen
+            self._check_fence(head)
             body = decide(head)
             appended = body is not None
             return body
@@ -213,37 +297,48 @@ class RunWriter:
         return appended
 
     def _write_files(self, folder: str, files: Mapping[str, bytes]) -> None:
-        try:
-            for name, data in files.items():
-                self._write_file(f"{folder}/{name}", data)
-        except StorageError:
-            # No record was tried yet, so nobody can have seen this folder.
-            self._give_back(folder)
-            raise
+        write_files(self._storage, folder, files)
 
-    def _write_file(self, path: str, data: bytes) -> None:
-        try:
-            self._storage.create(path, data)
-        except AlreadyExistsError as error:
-            # The folder's name is fresh, so it is our own: the answer was lost (NFS repeats a
-            # `link` of which it lost the reply, object stores a put).
-            try:
-                own = self._storage.read(path) == data
-            except MissingError:  # a newer attempt has swept it meanwhile
-                own = False
-            if not own:
-                raise StorageError(f"{path}: wrote it, and reads back something else") from error
+    def _check_fence(self, head: Head) -> None:
+        if head.attempt != self.attempt:
+            raise FencedError(
+                f"attempt {head.attempt} has taken this run over: attempt {self.attempt} stops "
+                "here and has changed nothing since"
+            )
 
-    def _give_back(self, folder: str) -> None:
-        """Delete a folder that no record names; what cannot be deleted now, a sweep finds."""
-        with contextlib.suppress(StorageError):
-            self._storage.delete_folder(folder)
+    def _check_cut(self, head: Head) -> None:
+        if self._is_cut_off(head):
+            raise CutOffError(
+                f"the run was rolled back to step {head.newest_step or 0} and this process had "
+                "trained on from what was cut off: its state is not saved, a restart goes on"
+            )
+
+    def _is_cut_off(self, head: Head) -> bool:
+        # A parent from beyond the cut has come after it, and so has what was trained from there.
+        return head.cut is not None and head.cut > max(self._knows, self.parent or 0)
+
+    def _goes_on_from(self, index: int | None) -> None:
+        self.parent = index
+        self._knows = self.head.index
 
     def _may_have_lost_one(self) -> bool:
-        """Whether a damaged record may be the only one that told of a checkpoint."""
+        """Whether a damaged record may be the only one that told of a checkpoint on the line."""
+        # Whatever stood before a cut at step 0 is off the line.
+        first = 0 if self.head.cut is None else self.head.cut + 1
         return bool(self._storage.list(CHECKPOINTS)) and any(
-            not self._log.is_intact(index) for index in range(self.head.index)
+            not self._log.is_intact(index) for index in range(first, self.head.index)
         )
+
+    def _intact_commits(self, indices: Iterable[int]) -> dict[int, Commit]:
+        retained = {each.index: each for each in self.head.checkpoints}
+        commits: dict[int, Commit] = {}
+        for index in indices:
+            try:
+                commits[index] = lineage.commit(self._log, index)
+            except DamagedRecordError as error:  # since it was verified
+                if index in retained:
+                    self.quarantine(retained[index], why=str(error))
+        return commits
 
     def _verify(self, retained: Retained) -> None:
         if retained.index in self._verified:

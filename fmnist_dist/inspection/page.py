@@ -1,5 +1,6 @@
 """The pages that `runs` prints for people: aligned columns without colours, the same in a pipe."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ def show_page(summary: Summary) -> str:
         columns(facts),
         _section("metrics", _metrics(summary)),
         _section("attempts", _attempts(summary)),
+        _section("heals", _heals(summary)),
         _section("checkpoints", _checkpoints(summary)),
         _section("changes of settings", _overrides(summary)),
         _section("settings", [(k, shown(v)) for k, v in summary["config"].items()]),
@@ -81,6 +83,27 @@ def _attempt(attempt: dict[str, Any]) -> tuple[str, ...]:
         attempt["ended"] or "-",
         path(attempt["owner"]),
     )
+
+
+def _heals(summary: Summary) -> list[tuple[str, ...]]:
+    """Return one row for each reason: a run on spot nodes may have healed hundreds of times."""
+    if not summary["heals"]:
+        return []
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for each in summary["heals"]:
+        reasons.setdefault(each["reason"], []).append(each)
+    heading = ("reason", "times", "median seconds", "lost steps", "last at step")
+    rows = [
+        (
+            path(reason),
+            str(len(heals)),
+            number(statistics.median(each["seconds"] for each in heals)),
+            str(sum(each["lost_steps"] for each in heals)),
+            str(heals[-1]["step"]),
+        )
+        for reason, heals in sorted(reasons.items())
+    ]
+    return [heading, *rows]
 
 
 def _checkpoints(summary: Summary) -> list[tuple[str, ...]]:

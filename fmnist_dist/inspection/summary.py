@@ -22,7 +22,7 @@ def summarise(run: FoundRun, history: History) -> Summary:
         "epoch": newest.checkpoint.epoch if newest else None if history.head.newest_step else 0.0,
         "same_bits": history.head.same_bits,
         "attempts": [dataclasses.asdict(each) for each in history.attempts],
-        "heals": [],
+        "heals": [dataclasses.asdict(each) for each in history.heals],
         "checkpoints": [_checkpoint(each) for each in history.retained],
         "overrides": [dict(each) for each in history.overrides],
         "config": settings_in_force(history),
