@@ -24,7 +24,9 @@ from fmnist_dist.config import Config
 from fmnist_dist.data.dataset import load_dataset
 from fmnist_dist.data.feed import TrainingFeed
 from fmnist_dist.distributed import world
-from fmnist_dist.distributed.step import ShardedStep
+from fmnist_dist.distributed.roster import call_roll
+from fmnist_dist.distributed.step import ShardedStep, Wishes
+from fmnist_dist.keeper.fork import fork
 from fmnist_dist.models import make_model
 from fmnist_dist.plan import Plan
 from fmnist_dist.state import StepResult, TrainState
@@ -41,7 +43,8 @@ def main() -> None:
     config = Config(batch_size=batch_size, precision=precision)
     torch.set_num_threads(config.threads_per_worker)
     dataset = load_dataset(config.dataset, data_dir=None)
-    with world.join(os.environ, device="cpu", step_timeout=60) as joined:
+    roster = call_roll(os.environ, fork=lambda serve: fork(serve, name="fmnist-store"))
+    with world.join(roster, roster.connect(), device=torch.device("cpu")) as joined:
         plan = Plan(settings_of(config), num_samples=60000)
         feed = TrainingFeed(dataset, seed=0, device=joined.device)
         runs = {
@@ -92,7 +95,7 @@ def _state(config, dataset):
 def _invariant(config, dataset, joined, plan, feed):
     state = _state(config, dataset)
     sharded = ShardedStep(
-        state.model,
+        state,
         joined,
         logical_shards=config.logical_shards,
         precision=config.precision,
@@ -101,7 +104,7 @@ def _invariant(config, dataset, joined, plan, feed):
 
     def run_step():
         step = plan.at(state.step)
-        state.advance(step, sharded(step, feed, stop=False).result)
+        state.advance(step, sharded(step, feed, wishes=Wishes()).result)
 
     return run_step
 

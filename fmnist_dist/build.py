@@ -31,19 +31,28 @@ def initial_state(config: Config, dataset: Dataset, device: torch.device) -> Tra
 
 
 def make_evaluation(
-    config: Config, dataset: Dataset, joined: World, state: TrainState
+    config: Config,
+    dataset: Dataset,
+    joined: World,
+    state: TrainState,
+    *,
+    before_waiting: Callable[[], None] = lambda: None,
 ) -> Callable[[], Score]:
     """Return what scores the state's evaluated weights on the test split."""
-    split = Split(dataset.test, dataset.spec, device=joined.device)
+    split: Split | None = None
 
     def score() -> Score:
+        nonlocal split
+        split = split or Split(dataset.test, dataset.spec, device=joined.device)
+        gather = split.gather
         return evaluate(
             state.model,
             state.weights(),
             joined,
             num_samples=split.num_samples,
-            gather=lambda ids: split.gather(ids, None),
+            gather=lambda ids: gather(ids, None),
             precision=config.precision,
+            before_waiting=before_waiting,
         )
 
     return score

@@ -34,6 +34,7 @@ Schedule = Literal["triangular", "cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 Augment = Literal["none", "flip", "crop-flip"]
 Device = Literal["auto", "cpu", "cuda"]
+OnNonFinite = Literal["stop", "skip", "rollback"]
 
 RUN = Group("Run", sort_key=1)
 
@@ -65,6 +66,7 @@ class Config:
     weight_decay: Annotated[float, NOT_NEGATIVE, _training("pull of weights to 0", "RATE")] = 0.0001
     label_smoothing: Annotated[float, FRACTION, _training("spread over all classes", "SHARE")] = 0.0
     ema: Annotated[float, FRACTION, _training("of averaged weights; 0 = off", "DECAY")] = 0.99
+    on_non_finite: Annotated[OnNonFinite, _training("when the loss is no number", "WHAT")] = "stop"
 
     model: Annotated[Literal["cnn"], _model("network", "NAME")] = "cnn"
     dropout: Annotated[float, FRACTION, _model("units left out while training", "SHARE")] = 0.0
@@ -78,7 +80,11 @@ class Config:
     device: Annotated[Device, _compute("auto = a GPU if any", "NAME")] = "auto"
     logical_shards: Annotated[int, POSITIVE, _compute("parts of a batch; most workers", "N")] = 8
     threads_per_worker: Annotated[int, POSITIVE, _compute("CPU threads of each worker", "N")] = 1
-    step_timeout: Annotated[float, POSITIVE, _compute("limit of one collective", "SECONDS")] = 300.0
+    step_timeout: Annotated[
+        float | None, POSITIVE, _compute("a worker without progress; none = 20 steps", "SECONDS")
+    ] = None
+    drain_seconds: Annotated[float, POSITIVE, _compute("to save after SIGTERM", "SECONDS")] = 20.0
+    no_keeper: Annotated[bool, _compute("for debuggers: train without a keeper")] = False
 
     save_every_steps: Annotated[int | None, POSITIVE, _saving("between two saves", "STEPS")] = None
     save_every_seconds: Annotated[
@@ -120,7 +126,17 @@ IDENTITY = frozenset(
 )
 # OVERRIDABLE may change while a run goes on; the run's log then holds from which step on.
 OVERRIDABLE = frozenset(
-    {"epochs", "batch_size", "lr", "schedule", "weight_decay", "label_smoothing", "ema", "augment"}
+    {
+        "epochs",
+        "batch_size",
+        "lr",
+        "schedule",
+        "weight_decay",
+        "label_smoothing",
+        "ema",
+        "augment",
+        "on_non_finite",
+    }
 )
 # LAUNCH belongs to one launch and is never remembered by the run.
 LAUNCH = frozenset(
@@ -132,6 +148,8 @@ LAUNCH = frozenset(
         "eval_every_epochs",
         "device",
         "step_timeout",
+        "drain_seconds",
+        "no_keeper",
         "save_every_steps",
         "save_every_seconds",
         "keep_last",

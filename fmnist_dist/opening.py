@@ -1,13 +1,14 @@
 """Opening a run: rank 0 takes it over, all other ranks are told where training goes on."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from fsspec.core import url_to_fs
 
-from fmnist_dist.checkpoint.disk import FAULTS_VARIABLE, Disk, disk_from
+from fmnist_dist.checkpoint.disk import Disk
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
@@ -15,23 +16,20 @@ from fmnist_dist.checkpoint.record import DamagedRecordError
 from fmnist_dist.checkpoint.restore import Restored
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.distributed.fingerprint import fingerprint
-from fmnist_dist.distributed.share import share_files
+from fmnist_dist.distributed.share import broadcast, pack, unpack
 from fmnist_dist.distributed.world import World
-from fmnist_dist.errors import FmnistDistError, IncompatibleError, PeerFailedError, UsageError
+from fmnist_dist.errors import FmnistDistError, IncompatibleError, PeerFailedError
 from fmnist_dist.settings import Launch
 from fmnist_dist.takeover import Resumption, read_terms, take_over
-from fmnist_dist.telemetry.events import EventLog
-
-_events = EventLog("fmnist_dist.opening")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The run's folder and what this rank holds of it; only rank 0 has a writer."""
+    """The run as this rank has it open."""
 
     root: Path
     log: RunLog
-    writer: RunWriter | None
+    write: Callable[[], RunWriter]  # this rank's writer, made when it is asked for
     resumption: Resumption
     files: Mapping[str, bytes]  # of the checkpoint to go on from; empty: from the initial weights
 
@@ -61,9 +59,21 @@ def _exists(path: Path) -> bool:
 
 
 def open_run(
-    launch: Launch, joined: World, root: Path, environ: Mapping[str, str], *, num_samples: int
+    launch: Launch,
+    joined: World,
+    root: Path,
+    *,
+    disk: Disk,
+    owner: str,
+    num_samples: int,
+    known: str | None,
+    suspect: int | None,
 ) -> Run | None:
-    """Take the run over on rank 0 and tell the others; None when nothing is left to do."""
+    """Take the run over on rank 0 and tell the others; None when nothing is left to do.
+
+    Where some rank holds the state already, `known` is what rank 0 told then: the attempt goes on,
+    and no file is read. `suspect` is the record of a checkpoint that must not be chosen.
+    """
     if not joined.is_main:
         log = RunLog(LocalStorage(root))
         text = joined.hear("resumption")
@@ -73,12 +83,26 @@ def open_run(
             return None
         resumption = Resumption.from_json(text)
         _check_shared(log, root, resumption)
-        files = share_files(joined, None) if resumption.step else {}
-        return Run(root=root, log=log, writer=None, resumption=resumption, files=files)
+        is_new = joined.hear("files") != "none"
+        files = unpack(broadcast(joined, None, source=0, key="files")) if is_new else {}
+        return follow_run(launch, root, resumption, files=files)
+    storage = LocalStorage(root, single_writer=launch.config.single_writer, disk=disk)
+    if known is not None:
+        joined.tell("resumption", known)
+        joined.tell("files", "none")
+        return follow_run(launch, root, Resumption.from_json(known), storage=storage)
     try:
-        storage = LocalStorage(root, single_writer=launch.config.single_writer, disk=_disk(environ))
         log = RunLog(storage)
-        taken = _take_over(launch, joined, storage, log, root, num_samples=num_samples)
+        taken = _take_over(
+            launch,
+            joined,
+            storage,
+            log,
+            root,
+            owner=owner,
+            num_samples=num_samples,
+            suspect=suspect,
+        )
     except FmnistDistError as error:
         joined.tell("resumption", f"failed {int(error.exit_code)}")
         joined.await_heard("resumption")
@@ -89,20 +113,29 @@ def open_run(
         return None
     writer, resumption, restored = taken
     joined.tell("resumption", resumption.to_json())
-    files = share_files(joined, restored.files) if restored else {}
-    return Run(root=root, log=log, writer=writer, resumption=resumption, files=files)
+    files = restored.files if restored else {}
+    joined.tell("files", "some" if files else "none")
+    if files:
+        broadcast(joined, pack(files), source=0, key="files")
+    return Run(root=root, log=log, write=lambda: writer, resumption=resumption, files=files)
 
 
-def _disk(environ: Mapping[str, str]) -> Disk:
-    faults = environ.get(FAULTS_VARIABLE)
-    if not faults:
-        return Disk()
-    try:
-        disk = disk_from(faults)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    _events.warning("faults are armed", faults=faults)
-    return disk
+def follow_run(
+    launch: Launch,
+    root: Path,
+    resumption: Resumption,
+    *,
+    storage: LocalStorage | None = None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> Run:
+    """Return the run of an attempt that another process of this launch has begun."""
+    used = storage or LocalStorage(root, single_writer=launch.config.single_writer)
+    log = RunLog(used)
+
+    def follow() -> RunWriter:
+        return RunWriter.follow(used, log, attempt=resumption.attempt, parent=resumption.parent)
+
+    return Run(root=root, log=log, write=follow, resumption=resumption, files=files)
 
 
 def _take_over(
@@ -112,7 +145,9 @@ def _take_over(
     log: RunLog,
     root: Path,
     *,
+    owner: str,
     num_samples: int,
+    suspect: int | None,
 ) -> tuple[RunWriter, Resumption, Restored | None] | None:
     terms = read_terms(log, log.read().head, launch, num_samples=num_samples)
     if terms.done:
@@ -127,11 +162,12 @@ def _take_over(
         log,
         launch,
         terms,
-        owner=joined.owner,
+        owner=owner,
         world_size=joined.size,
         num_samples=num_samples,
         fingerprint=fingerprint(joined.device),
         lost_steps=lost_steps,
+        suspect=suspect,
     )
 
 

@@ -28,6 +28,7 @@ class Settings:
     label_smoothing: float
     ema: float  # decay per step; 0: no averaged weights
     augment: str
+    on_non_finite: str = "stop"  # | skip | rollback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class Step:
     size: int
     lr: float
     settings: Settings
+    learns: bool = True  # False: after a rollback its samples are consumed, and nothing is learnt
 
     def ends_epoch(self, num_samples: int) -> bool:
         return self.position + self.size == num_samples
@@ -72,12 +74,16 @@ class Plan:
         *,
         num_samples: int,
         overrides: Sequence[tuple[int, Mapping[str, Any]]] = (),
+        passed_over: Sequence[tuple[int, int]] = (),
     ) -> None:
         """`overrides` are (effective step, changed settings), in the order in which they were made.
+
+        In the steps [from, until) of `passed_over` nothing is learnt: a rollback has decided so.
 
         Raises ValueError when a batch size changes elsewhere than at an epoch's boundary.
         """
         self.num_samples = num_samples
+        self._passed_over = tuple(passed_over)
         first = Leg(
             settings=settings, start_step=0, start_epoch=0, start_position=0, schedule_start=0
         )
@@ -111,6 +117,7 @@ class Plan:
             size=min(leg.settings.batch_size, self.num_samples - position),
             lr=leg.settings.lr * self._shape(leg, step),
             settings=leg.settings,
+            learns=not any(first <= step < until for first, until in self._passed_over),
         )
 
     def epochs_done(self, step: int) -> float:

@@ -39,6 +39,7 @@ class Terms:
     base: dict[str, Any]
     overrides: tuple[tuple[int, dict[str, Any]], ...]
     wanted: dict[str, Any]
+    passed_over: tuple[tuple[int, int], ...]  # steps [from, until) of rollbacks
     done: bool  # finished, and this launch asks for nothing more
 
     def config(self, launch: Launch) -> Config:
@@ -51,6 +52,7 @@ class Terms:
                 settings_of(self.config(launch)),
                 num_samples=num_samples,
                 overrides=self.overrides,
+                passed_over=self.passed_over,
             )
         except ValueError as error:
             raise IncompatibleError(str(error)) from error
@@ -72,6 +74,7 @@ class Resumption:
     ledger: tuple[EpochDigest, ...]
     metrics: dict[str, float]
     evaluated: bool
+    parent: int | None  # index of the checkpoint's record; None: from the initial weights
 
     def restore(self, state: TrainState, files: Mapping[str, bytes]) -> None:
         """Make `state` the one to go on from."""
@@ -81,6 +84,7 @@ class Resumption:
             ledger=self.ledger,
             metrics=self.metrics,
             evaluated=self.evaluated,
+            parent=self.parent,
         )
 
     def to_json(self) -> str:
@@ -94,6 +98,9 @@ class Resumption:
                 **fields["terms"],
                 "overrides": tuple(
                     (step, changed) for step, changed in fields["terms"]["overrides"]
+                ),
+                "passed_over": tuple(
+                    (first, until) for first, until in fields["terms"]["passed_over"]
                 ),
             }
         )
@@ -111,6 +118,7 @@ def read_terms(log: RunLog, head: Head, launch: Launch, *, num_samples: int) -> 
             base={name: configuration.to_json(launch.config)[name] for name in _OF_THE_RUN},
             overrides=(),
             wanted={},
+            passed_over=(),
             done=False,
         )
     configuration.from_json(newest.attempt.config)  # refuses what this version does not know
@@ -118,6 +126,7 @@ def read_terms(log: RunLog, head: Head, launch: Launch, *, num_samples: int) -> 
         base={**configuration.to_json(Config()), **newest.attempt.config},
         overrides=tuple((each.step, each.settings) for each in lineage.overrides(log, head)),
         wanted={},
+        passed_over=head.passed_over,
         done=False,
     )
     plan = terms.plan(launch, num_samples)
@@ -159,11 +168,13 @@ def take_over(
     num_samples: int,
     fingerprint: dict[str, str],
     lost_steps: Callable[[int, int], int | None],
+    suspect: int | None = None,
 ) -> tuple[RunWriter, Resumption, Restored | None]:
     """Append an attempt and find where it goes on.
 
     `terms` are those that the caller read; they are read again for the head that is appended to.
     `lost_steps(attempt, step)` returns how many steps an attempt had got past `step`, if known.
+    `suspect` is the record of a checkpoint that goes into quarantine first.
     Raises `FencedError`, `IncompatibleError`, `UsageError`, `DataDamagedError`, `StorageError`.
     """
 
@@ -195,6 +206,10 @@ def take_over(
         _events.warning(
             "this machine computes other bits than an earlier attempt of this run", **fingerprint
         )
+    for retained in writer.head.checkpoints:
+        if retained.index == suspect:
+            writer.quarantine(retained, why="restoring it has crashed the worker again and again")
+            _events.warning("a checkpoint is not used any more", step=retained.step)
     restored = writer.choose(report=lambda line: _events.warning("fell back", why=line))
     step = restored.commit.checkpoint.step if restored else 0
     changed = terms.wanted
@@ -228,6 +243,7 @@ def take_over(
         ledger=checkpoint.ledger if checkpoint else (),
         metrics=checkpoint.metrics if checkpoint else {},
         evaluated=checkpoint.evaluated if checkpoint else False,
+        parent=restored.commit.index if restored else None,
     )
     return writer, resumption, restored
 

@@ -7,10 +7,16 @@ imported, so that a wrong flag answers at once.
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from fmnist_dist import settings
-from fmnist_dist.distributed.process import die_with_parent, end_launcher
-from fmnist_dist.errors import Drained, ExitCode, FmnistDistError, PeerFailedError
+from fmnist_dist.checkpoint.disk import disk_from
+from fmnist_dist.distributed.process import die_with_parent, end_launcher, name_process
+from fmnist_dist.distributed.stop import leaving_at_once
+from fmnist_dist.errors import Drained, ExitCode, FmnistDistError, PeerFailedError, UsageError
+from fmnist_dist.faults import FAULTS_VARIABLE, Faults
+from fmnist_dist.handover.board import Board
+from fmnist_dist.settings import Launch
 from fmnist_dist.telemetry import events
 from fmnist_dist.telemetry.events import EventLog
 from fmnist_dist.telemetry.phases import Phases
@@ -36,13 +42,14 @@ def main() -> int:
     return code
 
 
-def _run() -> int:  # noqa: PLR0911 - one return for each way to end
+def _run() -> int:
     phases = Phases()
     rank = int(os.environ.get("RANK", "0"))
     events.configure(log_format="text", rank=rank, stream=sys.stderr)
     try:
         die_with_parent(os.environ)
         launch = settings.load(sys.argv[1:], os.environ)
+        faults = _faults(rank)
     except FmnistDistError as error:
         if rank == 0:  # the same line from each rank would not help
             print(f"fmnist_dist.train: {error}", file=sys.stderr)
@@ -50,11 +57,63 @@ def _run() -> int:  # noqa: PLR0911 - one return for each way to end
             time.sleep(_PEER_SECONDS)
         return error.exit_code
     events.configure(log_format=launch.config.log_format, rank=rank, stream=sys.stderr)
+    # Before torch and NumPy are imported: threads must not cross the keeper's fork.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    return _code_of(lambda: _keep(launch, faults, phases))
+
+
+def _faults(rank: int) -> Faults:
+    text = os.environ.get(FAULTS_VARIABLE)
     try:
+        faults = Faults.parse(text, rank=rank)
+        disk_from(text)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if text:
+        _events.warning("faults are armed", faults=text)
+    return faults
+
+
+def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
+    """Import what is slow, prepare, and train: in children of a keeper, or in this process."""
+    with leaving_at_once():
+        import torch._dynamo  # noqa: F401, PLC0415 - else every trainer's first optimizer does, in 1 s
+
         from fmnist_dist import job  # noqa: PLC0415 - torch takes seconds
+        from fmnist_dist.desk import Desk  # noqa: PLC0415
+        from fmnist_dist.distributed.roster import call_roll  # noqa: PLC0415
+        from fmnist_dist.keeper import fork, keep  # noqa: PLC0415
 
         phases.ended("imports")
-        job.run(launch, os.environ, phases)
+        is_kept = not launch.config.no_keeper and fork.is_supported()
+        roster = call_roll(os.environ, fork=lambda serve: fork.fork(serve, name="fmnist-store"))
+        phases.ended("roll_call")
+        prepared = job.prepare(launch, roster, faults, phases)
+    if roster.rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+        _events.warning(
+            "torchrun will not restart what cannot be healed in place: give it --max-restarts=100 "
+            "(its default is 0), or start the same command again by hand"
+        )
+
+    def train(desk: Desk) -> int:
+        try:
+            job.train(prepared, desk)
+        except Exception as error:
+            desk.board.error = f"{type(error).__name__}: {error}"
+            raise
+        return ExitCode.FINISHED
+
+    if is_kept:
+        name_process("fmnist-keeper")
+        return keep.keep(prepared, lambda desk: _code_of(lambda: train(desk)), phases)
+    return train(Desk(board=Board.create(), phases=phases))
+
+
+def _code_of(action: Callable[[], int]) -> int:
+    """Return the exit code of what `action` returns or raises; tell what it raises."""
+    try:
+        return action()
     except PeerFailedError as error:
         time.sleep(_PEER_SECONDS)
         return error.code
@@ -70,7 +129,6 @@ def _run() -> int:  # noqa: PLR0911 - one return for each way to end
     except Exception:  # noqa: BLE001 - the entry point: the last one who can tell
         _events.exception("a bug: please report it with this traceback")
         return ExitCode.BUG
-    return ExitCode.FINISHED
 
 
 if __name__ == "__main__":

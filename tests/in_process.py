@@ -73,7 +73,11 @@ def launch(
     stderr = _Stderr(told)
     with (
         mock.patch.object(sys, "argv", ["fmnist_dist.train", *flags]),
-        mock.patch.dict(os.environ, {**clean_environ(), **(environ or {})}, clear=True),
+        mock.patch.dict(
+            os.environ,
+            {**clean_environ(), "FMNIST_DIST_NO_KEEPER": "true", **(environ or {})},
+            clear=True,
+        ),
         contextlib.redirect_stderr(stderr),
         _process_as_before(),
     ):

@@ -68,34 +68,55 @@ class Job:
     def text(self) -> str:
         return self.log.read_text()
 
-    def worker_pids(self) -> list[int]:
-        """Return the live workers, by rank."""
+    def keeper_pids(self) -> list[int]:
+        """Return the live keepers (what torchrun starts, with --no-keeper it trains), by rank."""
+        return self._children_of({self.process.pid})
+
+    def trainer_pids(self) -> list[int]:
+        """Return the live trainers, by rank."""
+        return self._children_of(set(self.keeper_pids()), name="fmnist-trainer")
+
+    worker_pids = keeper_pids
+
+    def _children_of(self, parents: set[int], *, name: str | None = None) -> list[int]:
         found: dict[int, int] = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = path.read_text().rpartition(")")[2].split()
                 environ = (path.parent / "environ").read_bytes().split(b"\0")
+                comm = (path.parent / "comm").read_text().strip()
             except OSError:
                 continue
-            if int(fields[1]) == self.process.pid and fields[0] != "Z":
+            if int(fields[1]) in parents and fields[0] != "Z" and name in {None, comm}:
                 ranks = [int(e[5:]) for e in environ if e.startswith(b"RANK=")]
                 found.update({rank: int(path.parent.name) for rank in ranks})
         return [found[rank] for rank in sorted(found)]
 
-    def kill_worker(self, rank: int) -> int:
-        """SIGKILL one worker and return its pid, seen dead."""
-        pid = wait_for(lambda: self.worker_pids()[rank : rank + 1], "a worker to kill")[0]
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not alive(pid), "the worker to be dead")
-        return pid
+    def kill_keeper(self, rank: int) -> int:
+        """SIGKILL one keeper and return its pid, seen dead; its trainer dies with it."""
+        pid = wait_for(lambda: self.keeper_pids()[rank : rank + 1], "a keeper to kill")[0]
+        return _kill(pid)
+
+    kill_worker = kill_keeper
+
+    def kill_trainer(self, rank: int) -> int:
+        """SIGKILL one trainer and return its pid, seen dead."""
+        pid = wait_for(lambda: self.trainer_pids()[rank : rank + 1], "a trainer to kill")[0]
+        return _kill(pid)
 
     def kill_all(self) -> list[int]:
         """SIGKILL the agent alone; return the workers, which must have died with it."""
-        pids = wait_for(self.worker_pids, "workers")
+        pids = [*wait_for(self.keeper_pids, "keepers"), *self.trainer_pids()]
         self.process.kill()
         self.process.wait(LIMIT_SECONDS)
         wait_for(lambda: not any(map(alive, pids)), "the workers to die with their agent")
         return pids
+
+
+def _kill(pid: int) -> int:
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not alive(pid), f"process {pid} to be dead")
+    return pid
 
 
 def alive(pid: int) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from fmnist_dist.data.dataset import FASHION_MNIST, Dataset, RawSplit
 from fmnist_dist.data.feed import TrainingFeed
-from fmnist_dist.distributed.step import ShardedStep
+from fmnist_dist.distributed.step import ShardedStep, Wishes
 from fmnist_dist.distributed.world import World
 from fmnist_dist.models.cnn import Cnn
 from fmnist_dist.plan import Plan, Settings
@@ -60,7 +60,7 @@ def train(world: World, case: dict) -> dict:
     plan = Plan(settings, num_samples=case["num_samples"])
     feed = TrainingFeed(small_dataset(case["num_samples"]), seed=5, device=torch.device("cpu"))
     step = ShardedStep(
-        model,
+        state,
         world,
         logical_shards=case["logical_shards"],
         precision=case["precision"],
@@ -70,10 +70,10 @@ def train(world: World, case: dict) -> dict:
     asked = []
     for number in range(case["steps"]):
         stop = world.rank == world.size - 1 and number == 2
-        outcome = step(plan.at(number), feed, stop=stop)
+        outcome = step(plan.at(number), feed, wishes=Wishes(stop=stop))
         state.advance(plan.at(number), outcome.result)
         losses.append(outcome.result.loss)
-        asked.append(outcome.stop)
+        asked.append(outcome.wishes.stop)
     step.close()
     return {
         "files": {n: hashlib.sha256(d).hexdigest() for n, d in state.files().items()},
@@ -90,7 +90,7 @@ def rank_main(rank: int, size: int, case: dict, folder: Path) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
-    world = World(rank=rank, size=size, device=torch.device("cpu"), owner="test", store=store)
+    world = World(rank=rank, size=size, device=torch.device("cpu"), store=store)
     result = train(world, case)
     (folder / f"{rank}.json").write_text(json.dumps(result))
 

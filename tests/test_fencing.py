@@ -16,7 +16,7 @@ from running import running
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.record import Attempt, Finish
 from fmnist_dist.checkpoint.writer import RunWriter
-from fmnist_dist.distributed import world
+from fmnist_dist.distributed import roster
 from fmnist_dist.errors import ExitCode
 
 FOREVER = "--max-steps=1000000"
@@ -55,7 +55,7 @@ def test_a_superseded_attempt_stops_at_its_next_commit_and_leaves_nothing(run: S
 
 def test_an_owner_that_was_superseded_never_takes_the_run_back(run: SmallRun) -> None:
     """torchrun restarts a fenced worker under the same owner: two launches would duel for ever."""
-    first = mock.patch.object(world, "secrets", SimpleNamespace(token_hex=lambda _: "first"))
+    first = mock.patch.object(roster, "secrets", SimpleNamespace(token_hex=lambda _: "first"))
     with first:
         assert run.launch("--max-steps", "2").code == 0
     assert run.launch("--max-steps", "4").code == 0
@@ -69,7 +69,7 @@ def test_an_owner_that_was_superseded_never_takes_the_run_back(run: SmallRun) ->
 
 
 def test_an_owner_that_nobody_superseded_comes_back(run: SmallRun) -> None:
-    with mock.patch.object(world, "secrets", SimpleNamespace(token_hex=lambda _: "first")):
+    with mock.patch.object(roster, "secrets", SimpleNamespace(token_hex=lambda _: "first")):
         assert run.launch("--max-steps", "2").code == 0
         assert run.launch("--max-steps", "4").code == 0
     assert [each.owner for each in bodies(run.root, Attempt)] == ["first", "first"]
@@ -87,7 +87,7 @@ def test_a_second_launch_ends_the_first_which_does_not_come_back(tmp_path: Path)
 
     assert first.process.returncode != 0
     fenced = [line for line in text.splitlines() if "has taken this run over" in line]
-    assert len(fenced) == 1, text
+    assert 1 <= len(fenced) <= 2, text  # rank 0 where it saves, rank 1 where it would for it
     assert "attempt 2 has taken this run over: attempt 1 stops here" in fenced[0]
     assert "exit_code=76" in fenced[0]
     # The first did not start again, neither to train nor to be told that it may not.

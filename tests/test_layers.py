@@ -16,22 +16,28 @@ PACKAGE = Path(fmnist_dist.__file__).parent
 # From top to bottom: a module imports from the layers below its own, and from its own folder.
 LAYERS = (
     {"train", "evaluate", "runs"},
+    {"keeper"},
     {"job", "inspection"},
-    {"loop", "opening"},
-    {"build", "saves", "takeover"},
-    {"checkpoint", "data", "distributed", "models", "telemetry"},
+    {"trainer"},
+    {"healing", "held"},
+    {"loop", "lookout", "opening"},
+    {"build", "desk", "saves", "takeover"},
+    {"checkpoint", "data", "distributed", "handover", "models", "telemetry"},
     {"agreement", "state"},
     {"plan", "digest", "filenames"},
     {"settings"},
     {"config"},
     {"rule"},
     {"usage"},
-    {"errors", "keys"},
+    {"errors", "faults", "keys", "limits"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # Thousands of their interleavings run in seconds, and `runs` answers at once.
 WITHOUT_TORCH = ["agreement", "config", "data.order", "digest", "distributed.meeting"]
+WITHOUT_TORCH += ["distributed.generation", "distributed.process", "distributed.stop"]
+WITHOUT_TORCH += ["distributed.transfer", "faults", "keeper.deaths", "keeper.watchdog", "limits"]
+WITHOUT_TORCH += [f"handover.{path.stem}" for path in (PACKAGE / "handover").glob("[a-z]*.py")]
 WITHOUT_TORCH += ["distributed.tree", "errors", "filenames", "keys", "plan", "rule", "runs"]
 WITHOUT_TORCH += ["settings", "usage", "evaluate", "train"]
 WITHOUT_TORCH += [f"checkpoint.{path.stem}" for path in (PACKAGE / "checkpoint").glob("[a-z]*.py")]

@@ -1,6 +1,5 @@
 """How ranks find each other in a store full of what dead attempts left behind."""
 
-import json
 import random
 import threading
 import time
@@ -10,14 +9,14 @@ from dataclasses import dataclass, field
 import pytest
 
 from fmnist_dist.distributed import meeting
-from fmnist_dist.distributed.meeting import Invitation, KeyValue, host_meeting, join_meeting
+from fmnist_dist.distributed.meeting import KeyValue, host_meeting, join_meeting
 from fmnist_dist.errors import ExitCode, TransientError
 
 WORLD = 4
 ENOUGH_SECONDS = 30.0
 SHORT_SECONDS = 0.05
 
-Join = Callable[..., Invitation]
+Join = Callable[..., str]
 
 
 class Killed(BaseException):
@@ -65,13 +64,12 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attempt(
     accesses: list[KeyValue],
-    port: int,
     *,
     join: Join = join_meeting,
     limit_seconds: float = ENOUGH_SECONDS,
-) -> list[Invitation]:
-    """Let all ranks meet; return the invitations with which those left that were not killed."""
-    left: list[Invitation] = []
+) -> list[str]:
+    """Let all ranks meet; return the nonces with which those left that were not killed."""
+    left: list[str] = []
     errors: list[Exception] = []
 
     def be(rank: int, keys: KeyValue) -> None:
@@ -81,8 +79,6 @@ def attempt(
                     host_meeting(
                         keys,
                         world_size=len(accesses),
-                        host="here",
-                        port=port,
                         limit_seconds=limit_seconds,
                     )
                 )
@@ -106,34 +102,34 @@ def attempt(
 def drill(seed: int, *, join: Join = join_meeting, limit_seconds: float = ENOUGH_SECONDS) -> None:
     """Kill some attempts anywhere in their meeting; then the living must meet each other."""
     place, store = random.Random(seed), Store()
-    for dead in range(place.randrange(1, 4)):
+    dead: set[str] = set()
+    for _ in range(place.randrange(1, 4)):
         mortals = [Mortal(store, place.randrange(0, 40)) for _ in range(WORLD)]
-        attempt(list(mortals), port=dead)
-    left = attempt([store] * WORLD, port=99, join=join, limit_seconds=limit_seconds)
+        dead.update(attempt(list(mortals)))
+    left = attempt([store] * WORLD, join=join, limit_seconds=limit_seconds)
     assert left == [left[0]] * WORLD
-    assert left[0].port == 99
+    assert left[0] not in dead
 
 
-def test_all_ranks_leave_with_the_invitation_of_the_living_host() -> None:
+def test_all_ranks_leave_with_the_nonce_of_the_living_host() -> None:
     for seed in range(60):
         drill(seed)
 
 
 @pytest.mark.slow
-def test_all_ranks_leave_with_the_invitation_of_the_living_host_many_times() -> None:
+def test_all_ranks_leave_with_the_nonce_of_the_living_host_many_times() -> None:
     for seed in range(1000, 2000):
         drill(seed)
 
 
 def test_the_drill_finds_a_rank_that_leaves_on_any_confirmation() -> None:
-    def careless(keys: KeyValue, *, rank: int, limit_seconds: float) -> Invitation:
+    def careless(keys: KeyValue, *, rank: int, limit_seconds: float) -> str:
         for _ in range(10_000):
-            text = keys.get("invitation")
-            if text is not None:
-                nonce, host, port = json.loads(text)
+            nonce = keys.get("invitation")
+            if nonce is not None:
                 keys.set(f"answer/{nonce}/{rank}", "somebody")
                 if keys.get(f"confirmed/{nonce}") is not None:
-                    return Invitation(nonce=nonce, host=host, port=port)
+                    return nonce
             time.sleep(meeting.POLL_SECONDS)
         raise TransientError("nobody")
 
@@ -148,15 +144,13 @@ def drill_often(join: Join) -> None:
 
 def test_two_meetings_in_one_store_have_different_names() -> None:
     store = Store()
-    first = attempt([store] * 2, port=1)
-    second = attempt([store] * 2, port=2)
-    assert first[0].nonce != second[0].nonce
-    assert (first[0].port, second[0].port) == (1, 2)
+    first = attempt([store] * 2)
+    second = attempt([store] * 2)
+    assert first[0] != second[0]
 
 
 def test_a_world_of_one_does_not_wait() -> None:
-    found = host_meeting(Store(), world_size=1, host="here", port=7, limit_seconds=0.0)
-    assert (found.host, found.port) == ("here", 7)
+    assert host_meeting(Store(), world_size=1, limit_seconds=0.0)
 
 
 def join_in_vain(store: Store) -> None:
@@ -170,7 +164,7 @@ def test_a_rank_that_does_not_come_is_named_in_time() -> None:
     guest.start()
     began = time.monotonic()
     with pytest.raises(TransientError, match=r"ranks \[2\] of 3 did not come") as caught:
-        host_meeting(store, world_size=3, host="here", port=1, limit_seconds=SHORT_SECONDS)
+        host_meeting(store, world_size=3, limit_seconds=SHORT_SECONDS)
     assert time.monotonic() - began < SHORT_SECONDS + 5
     assert caught.value.exit_code == ExitCode.TRANSIENT == 75
     guest.join()
@@ -180,10 +174,10 @@ def test_a_rank_that_does_not_come_is_named_in_time() -> None:
 def test_a_rank_whose_host_does_not_come_says_so_in_time(left_behind: str) -> None:
     store = Store()
     if left_behind == "an invitation":
-        attempt([Mortal(store, 1), Mortal(store, 30)], port=1)
+        attempt([Mortal(store, 1), Mortal(store, 30)])
         assert "invitation" in store.values
     if left_behind == "a whole meeting":
-        attempt([store] * 2, port=1)
+        attempt([store] * 2)
         assert any(key.startswith("confirmed/") for key in store.values)
     began = time.monotonic()
     with pytest.raises(TransientError, match="did not call rank 1 to a meeting") as caught:
@@ -194,6 +188,6 @@ def test_a_rank_whose_host_does_not_come_says_so_in_time(left_behind: str) -> No
 
 def test_answers_of_dead_ranks_do_not_make_a_living_host_leave() -> None:
     store = Store()
-    attempt([store] * 3, port=1)  # a whole meeting, with all its answers
+    attempt([store] * 3)  # a whole meeting, with all its answers
     with pytest.raises(TransientError, match=r"ranks \[1, 2\] of 3"):
-        host_meeting(store, world_size=3, host="here", port=2, limit_seconds=SHORT_SECONDS)
+        host_meeting(store, world_size=3, limit_seconds=SHORT_SECONDS)

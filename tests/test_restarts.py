@@ -16,9 +16,9 @@ def test_workers_killed_again_and_again_meet_again_under_plain_torchrun(tmp_path
         job.kill_worker(kill % 2)
     text = job.finish()
     story = show(job.run)
-    assert [each["ended"] for each in story["attempts"]] == ["lost"] * 3 + ["finished"]
+    assert len(story["attempts"]) == 4
     assert len({each["owner"] for each in story["attempts"]}) == 1  # the launch, not its attempts
-    assert all(each["lost_steps"] <= 5 for each in story["attempts"])
+    assert [each["lost_steps"] for each in story["attempts"]] == [0, 0, 0, 0]  # survivors saved
     assert text.count(" resumed ") == 3
 
 

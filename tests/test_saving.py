@@ -21,7 +21,7 @@ from run_files import (
 )
 from running import running
 
-from fmnist_dist import loop, saves
+from fmnist_dist import limits
 from fmnist_dist.checkpoint.record import Finish
 from fmnist_dist.errors import ExitCode
 from fmnist_dist.saves import Schedule
@@ -32,7 +32,7 @@ MiB = 1 << 20
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallRun]:
-    monkeypatch.setattr(saves, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(limits, "SAVE_RETRY_SECONDS", 0.0)
     with small_run(tmp_path) as run:
         yield run
 
@@ -261,13 +261,13 @@ def test_a_second_interrupt_stops_at_once(run: SmallRun, undisturbed: str) -> No
 
 
 def test_a_run_that_cannot_save_when_it_is_asked_to_stop_does_not_say_that_it_did(
-    run: SmallRun, monkeypatch: pytest.MonkeyPatch
+    run: SmallRun,
 ) -> None:
-    monkeypatch.setattr(loop, "DRAIN_SECONDS", 0.0)
     assert run.launch("--max-steps", "2").code == 0
     ended = run.launch(
         "--max-steps",
         "8",
+        "--drain-seconds=0.01",
         environ=away_from_saving(run),
         told=after("started ", signal.SIGTERM),
     )

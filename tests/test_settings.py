@@ -26,6 +26,7 @@ OTHER: dict[str, Value] = {
     "weight_decay": 0.0,
     "label_smoothing": 0.1,
     "ema": 0.5,
+    "on_non_finite": "skip",
     "model": "cnn",
     "dropout": 0.5,
     "precision": "bf16",
@@ -37,6 +38,8 @@ OTHER: dict[str, Value] = {
     "logical_shards": 4,
     "threads_per_worker": 2,
     "step_timeout": 1.5,
+    "drain_seconds": 2.5,
+    "no_keeper": True,
     "save_every_steps": 10,
     "save_every_seconds": 5.0,
     "keep_last": 1,
@@ -142,7 +145,9 @@ def test_a_switch_has_a_negative_form_and_nothing_else_has() -> None:
     assert load(["--no-single-writer"], {"FMNIST_DIST_SINGLE_WRITER": "1"}).explicit == {
         "single_writer": False
     }
-    assert refused("--no-lr") == "flag --no-lr: there is no such flag; did you mean --lr?"
+    assert refused("--no-optimizer") == (
+        "flag --no-optimizer: there is no such flag; did you mean --optimizer?"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ can know.
 """
 
 import mmap
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ class ProgressHint:
     """The writing end, for one attempt."""
 
     def __init__(self, root: Path, *, attempt: int, first_step: int) -> None:
+        """Begin an attempt's hint, or go on with that of the same attempt's lost worker."""
         path = root / _FOLDER / f"{attempt:06d}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w+b") as file:
-            file.write(_LAYOUT.pack(first_step, first_step))
-            file.flush()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with os.fdopen(descriptor, "r+b") as file:
+            if os.fstat(descriptor).st_size != _LAYOUT.size:
+                file.write(_LAYOUT.pack(first_step, first_step))
+                file.flush()
             self._map = mmap.mmap(file.fileno(), _LAYOUT.size)
         self._first_step = first_step
 

@@ -31,6 +31,7 @@ def evaluate(
     num_samples: int,
     gather: Callable[[Tensor], Samples],
     precision: str,
+    before_waiting: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score `model` with `weights`; chunk i is rank i % world_size's. Training mode is restored."""
     num_chunks = math.ceil(num_samples / _CHUNK)
@@ -45,6 +46,7 @@ def evaluate(
         sums[chunk, 0] = cross_entropy(logits.float(), samples.labels, reduction="sum")
         sums[chunk, 1] = (logits.argmax(dim=1) == samples.labels).sum()
     model.train()
+    before_waiting()
     dist.all_reduce(sums)
     loss, correct = (math.fsum(column) for column in sums.T.tolist())
     return Score(loss=loss / num_samples, accuracy=correct / num_samples)

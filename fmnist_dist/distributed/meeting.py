@@ -5,8 +5,7 @@ torch 2.14.1 restarted workers that build their process group straight on it rea
 addresses and hang in most cases. So each attempt of a group meets anew, and trusts no key that the
 living have not answered:
 
-1. Rank 0 opens a store of its own on a fresh port and writes an invitation: a fresh nonce and the
-   address.
+1. Rank 0 writes an invitation: a fresh nonce, under which everything of this attempt will stand.
 2. Every other rank answers the newest invitation that it sees with a nonce of its own process, and
    answers again whenever another invitation takes its place: the first may have been a dead one.
 3. When all have answered, rank 0 confirms with the list of their nonces. A rank leaves only on a
@@ -19,12 +18,11 @@ import json
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from fmnist_dist.errors import TransientError
 
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.005  # between two looks
 
 
 class KeyValue(Protocol):
@@ -36,26 +34,15 @@ class KeyValue(Protocol):
     def set(self, key: str, value: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Invitation:
-    """Where rank 0's own store listens, under a name that no other attempt shares."""
-
-    nonce: str
-    host: str
-    port: int
-
-
-def host_meeting(
-    keys: KeyValue, *, world_size: int, host: str, port: int, limit_seconds: float
-) -> Invitation:
-    """Invite all other ranks, and return once each has answered. Raises `TransientError`."""
-    invitation = Invitation(nonce=secrets.token_hex(8), host=host, port=port)
-    keys.set("invitation", json.dumps([invitation.nonce, host, port]))
+def host_meeting(keys: KeyValue, *, world_size: int, limit_seconds: float) -> str:
+    """Invite all other ranks; return the nonce once each has answered. Raises `TransientError`."""
+    nonce = secrets.token_hex(8)
+    keys.set("invitation", nonce)
     answers: dict[int, str] = {}
 
     def all_answered() -> bool:
         for rank in range(1, world_size):
-            answer = keys.get(f"answer/{invitation.nonce}/{rank}")
+            answer = keys.get(f"answer/{nonce}/{rank}")
             if answer is not None:
                 answers[rank] = answer
         return len(answers) == world_size - 1
@@ -65,22 +52,21 @@ def host_meeting(
         raise TransientError(
             f"ranks {missing} of {world_size} did not come to the meeting in {limit_seconds:g} s"
         )
-    keys.set(f"confirmed/{invitation.nonce}", json.dumps(sorted(answers.values())))
-    return invitation
+    keys.set(f"confirmed/{nonce}", json.dumps(sorted(answers.values())))
+    return nonce
 
 
-def join_meeting(keys: KeyValue, *, rank: int, limit_seconds: float) -> Invitation:
-    """Answer rank 0's invitation, and return it once confirmed. Raises `TransientError`."""
+def join_meeting(keys: KeyValue, *, rank: int, limit_seconds: float) -> str:
+    """Answer rank 0's invitation; return its nonce once confirmed. Raises `TransientError`."""
     own = secrets.token_hex(8)
-    found: list[Invitation] = []
+    found: list[str] = []
 
     def confirmed() -> bool:
-        text = keys.get("invitation")
-        if text is None:
+        nonce = keys.get("invitation")
+        if nonce is None:
             return False
-        nonce, host, port = json.loads(text)
-        if not found or found[-1].nonce != nonce:
-            found.append(Invitation(nonce=nonce, host=host, port=port))
+        if not found or found[-1] != nonce:
+            found.append(nonce)
             keys.set(f"answer/{nonce}/{rank}", own)
         names = keys.get(f"confirmed/{nonce}")
         return names is not None and own in json.loads(names)

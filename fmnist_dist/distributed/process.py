@@ -1,4 +1,4 @@
-"""What a worker arranges with its launcher: not to outlive it, and not to be asked again."""
+"""What a process arranges with its parent: not to outlive it, and not to be asked again."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # linux/prctl.h
 
 
 def die_with_parent(environ: Mapping[str, str]) -> None:
@@ -19,15 +19,32 @@ def die_with_parent(environ: Mapping[str, str]) -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in environ or sys.platform != "linux":
         return
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")
-    # The parent may have died before the request stood: then no signal will ever come. (Had it died
-    # before this function, its store is gone with it, and the meeting ends at its limit.)
+    # Had the parent died before this function, its store is gone with it: the roll call ends then.
+    die_with(os.getppid())
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, its parent, dies (Linux).
+
+    The signal follows the *thread* that forked: fork from one that outlives the child.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have died before the request stood: then no signal will ever come.
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def name_process(name: str) -> None:
+    """Show `name` (15 characters at most) in `ps`, `top` and /proc/PID/comm (Linux)."""
+    if sys.platform == "linux":
+        _prctl(_PR_SET_NAME, ctypes.create_string_buffer(name.encode()))
+
+
+def _prctl(option: int, argument: object) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}): {os.strerror(error)}")
 
 
 def end_launcher(environ: Mapping[str, str]) -> bool:

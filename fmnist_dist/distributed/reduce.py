@@ -109,7 +109,8 @@ class GradientTree:
 
     def close(self) -> None:
         if self._thread is not None:
-            self._thread.shutdown()
+            # It may wait for a peer that never answers: the group's end ends that.
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _gather(self, rows: Tensor) -> torch.futures.Future[Tensor]:
         """All ranks get all partial sums and add them alike: one collective."""

@@ -21,7 +21,7 @@ from fmnist_dist.distributed.reduce import GradientTree, Layout, PendingSums, St
 from fmnist_dist.distributed.tree import Carry
 from fmnist_dist.distributed.world import World
 from fmnist_dist.plan import shard_bounds, shards_of_rank
-from fmnist_dist.state import StepResult
+from fmnist_dist.state import Durable, StepResult, TrainState
 
 
 class Samples(Protocol):
@@ -45,18 +45,38 @@ Gather = Callable[[plan.Step, int, int], Samples]  # samples [start, stop) of th
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What a rank tells all others with its sums. Only rank 0 saves, and knows what is durable."""
+
+    stop: bool = False
+    save: bool = False
+    durable: Durable | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A finished step, not yet committed, and whether any rank has been asked to stop."""
+    """A finished step, not yet committed, and what the ranks wish for, the same on all of them."""
 
     result: StepResult
-    stop: bool
+    wishes: Wishes
 
 
 class ShardedStep:
-    """Computes steps of one model, with gradients summed over the world."""
+    """Computes steps of one state's model, with gradients summed over the world.
+
+    A step that fails half-way leaves scratch values in the model's buffers and gradients; the next
+    one, of this object or of its successor in another world, begins by clearing them.
+    """
 
     def __init__(
-        self, model: nn.Module, world: World, *, logical_shards: int, precision: str, seed: int
+        self,
+        state: TrainState,
+        world: World,
+        *,
+        logical_shards: int,
+        precision: str,
+        seed: int,
+        before_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         layout = Layout(world_size=world.size, logical_shards=logical_shards)
         self._world = world
@@ -65,24 +85,26 @@ class ShardedStep:
             world.rank, world_size=world.size, logical_shards=logical_shards
         )
         self._seed = seed
-        self._model = model
+        self._before_waiting = before_waiting
         self._ddp = DistributedDataParallel(
-            _Loss(model, precision=precision, device=world.device),
+            _Loss(state.model, precision=precision, device=world.device),
             device_ids=[world.device] if world.device.type == "cuda" else None,
             **_NO_BUFFERS,  # shards begin with the committed ones, alike on every rank
         )
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self._gradients = GradientTree(trained, layout)
+        self._trained = [p for p in state.model.parameters() if p.requires_grad]
+        self._gradients = GradientTree(self._trained, layout)
         self._ddp.register_comm_hook(None, self._gradients.hook)
         self._sums = StepSums(layout)
-        self._buffers = _Buffers(model)
+        self._buffers = _Buffers(state)
 
-    def __call__(self, step: plan.Step, gather: Gather, *, stop: bool) -> Outcome:
+    def __call__(self, step: plan.Step, gather: Gather, *, wishes: Wishes) -> Outcome:
         """Run forward and backward of one step; gradients are left in the parameters."""
         bounds = shard_bounds(step.size, logical_shards=self._logical_shards)
         integers = torch.zeros(_INTEGERS + self._buffers.num_integers, dtype=torch.int64)
         floats: Carry[Tensor] = Carry(leaves=self._logical_shards, add=torch.add)
-        self._buffers.hold()
+        for parameter in self._trained:
+            parameter.grad = None
+        self._buffers.begin()
         self._gradients.begin(self._shards)
         pending: PendingSums | None = None
         for shard in self._shards:
@@ -96,9 +118,8 @@ class ShardedStep:
                 )
                 weight = (stop_at - start) / step.size
                 floats.push(shard, torch.cat([loss.detach().view(1), self._buffers.take(weight)]))
-                integers[:_INTEGERS] += torch.stack(
+                integers[_WISHES:_INTEGERS] += torch.stack(
                     [
-                        torch.tensor(0),
                         torch.tensor(stop_at - start),
                         correct.cpu(),
                         *samples.identity.sum(dim=0).cpu(),
@@ -108,7 +129,8 @@ class ShardedStep:
                     integers[_INTEGERS:] = self._buffers.integers()
                 if last:
                     # Beside the backward pass: nothing of it depends on gradients.
-                    integers[0] = int(stop)
+                    integers[:_WISHES] = torch.tensor(_encode(wishes))
+                    self._before_waiting()
                     pending = self._sums.start(floats, integers.to(self._world.device))
                     self._gradients.ready()
                 loss.backward()
@@ -122,7 +144,8 @@ class ShardedStep:
         self._gradients.close()
 
     def _outcome(self, floats: Tensor, integers: Tensor) -> Outcome:
-        asked, count, correct, first, second = integers[:_INTEGERS].tolist()
+        values = integers[:_INTEGERS].tolist()
+        count, correct, first, second = values[_WISHES:]
         result = StepResult(
             loss=float(floats[0]),
             correct=correct,
@@ -130,7 +153,7 @@ class ShardedStep:
             digest=(first, second),
             buffers=self._buffers.committed(floats[1:], integers[_INTEGERS:]),
         )
-        return Outcome(result=result, stop=asked > 0)
+        return Outcome(result=result, wishes=_decode(values[:_WISHES]))
 
     def _seed_dropout(self, step: int, shard: int) -> None:
         key = keys.key(keys.Stream.DROPOUT, self._seed, step, shard) >> 1
@@ -139,7 +162,28 @@ class ShardedStep:
             torch.cuda.manual_seed(key)
 
 
-_INTEGERS = 5  # stop, samples, correct, digest lanes
+_WISHES = 6  # stop, save, and what is durable: record + 1, step, epoch, evaluated
+_INTEGERS = _WISHES + 4  # samples, correct, digest lanes
+
+
+def _encode(wishes: Wishes) -> list[int]:
+    durable = wishes.durable
+    known = (
+        [durable.index + 1, durable.step, durable.epoch, int(durable.evaluated)]
+        if durable
+        else [0] * 4
+    )
+    return [int(wishes.stop), int(wishes.save), *known]
+
+
+def _decode(sums: list[int]) -> Wishes:
+    stop, save, record, step, epoch, evaluated = sums
+    durable = (
+        Durable(index=record - 1, step=step, epoch=epoch, evaluated=evaluated > 0)
+        if record
+        else None
+    )
+    return Wishes(stop=stop > 0, save=save > 0, durable=durable)
 
 
 class _Loss(nn.Module):
@@ -168,40 +212,38 @@ class _Loss(nn.Module):
 
 
 class _Buffers:
-    """The model's buffers: scratch while shards run, a weighted mean when the step is committed.
+    """The model's buffers: scratch while shards run; the state's own become a weighted mean.
 
     The mean is taken of differences from the committed value, so that a buffer that no shard
     changes keeps its bits. Integer buffers are not averaged: they become what shard 0, which is
     never empty, left.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._all = list(model.buffers())
+    def __init__(self, state: TrainState) -> None:
+        self._all = list(state.model.buffers())
+        self._committed = state.buffers
         self._floats = [b for b in self._all if b.is_floating_point()]
         self._integers = [b for b in self._all if not b.is_floating_point()]
-        self._held: list[Tensor] = []
         self.num_integers = sum(b.numel() for b in self._integers)
 
-    def hold(self) -> None:
-        self._held = [buffer.clone() for buffer in self._all]
-        self._held_floats = _flat([h for h in self._held if h.is_floating_point()])
+    def begin(self) -> None:
+        self.restore()
+        self._before = _flat([b for b in self._committed if b.is_floating_point()])
 
     def take(self, weight: float) -> Tensor:
         """Return the shard's weighted change of the floating-point buffers, float32 [f]."""
-        return (_flat(self._floats) - self._held_floats) * weight
+        return (_flat(self._floats) - self._before) * weight
 
     def integers(self) -> Tensor:
         return _flat(self._integers).to("cpu", torch.int64)
 
     def restore(self) -> None:
-        for buffer, held in zip(self._all, self._held, strict=True):
-            buffer.copy_(held)
+        for buffer, committed in zip(self._all, self._committed, strict=True):
+            buffer.copy_(committed)
 
     def committed(self, change: Tensor, integers: Tensor) -> list[Tensor]:
         """Return the new buffers, in the order of `model.buffers()`."""
-        floats = iter(
-            (self._held_floats + change).split_with_sizes([b.numel() for b in self._floats])
-        )
+        floats = iter((self._before + change).split_with_sizes([b.numel() for b in self._floats]))
         whole = iter(integers.split_with_sizes([b.numel() for b in self._integers]))
         return [
             next(floats if buffer.is_floating_point() else whole).view_as(buffer)

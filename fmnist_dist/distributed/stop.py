@@ -1,36 +1,85 @@
 """A signal's wish to stop, which the next step carries to all ranks.
 
-The handler only sets a flag. Each step adds the flags of all ranks up with its other sums, so every
-rank stops after the same step, and none waits for one that has left.
+Python runs signal handlers on the main thread, and not while that is blocked in a collective. The
+interpreter's own handler, in C, also writes the signal's number into a pipe: a second thread (see
+`lookout`) reads it there, whatever the main one does.
+
+Each step adds the flags of all ranks up with its other sums, so every rank stops after the same
+step, and none waits for one that has left.
 """
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from fmnist_dist.errors import Drained
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: Slurm's notice of preemption
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """Whether this process was asked to stop, since when, and whether to do so at once."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor  # readable when a signal has come
+        self.since: float | None = None  # on the monotonic clock
+        self.num_interrupts = 0
+
+    @property
+    def requested(self) -> bool:
+        return self.since is not None
+
+    def ask(self) -> None:
+        if self.since is None:
+            self.since = time.monotonic()
+
+    def read(self) -> None:
+        """Take in the signals that have come."""
+        try:
+            numbers = os.read(self.descriptor, 256)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number in SIGNALS:
+                self.ask()
+                self.num_interrupts += number == signal.SIGINT
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        self.requested = True
+        self.ask()
 
 
 @contextmanager
 def listen() -> Iterator[StopRequest]:
-    """Take SIGTERM and SIGINT as a wish to stop after the current step."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request._handle) for number in _SIGNALS}  # noqa: SLF001
+    """Take SIGTERM, SIGINT and SIGUSR1 as a wish to stop after the current step."""
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    request = StopRequest(readable)
+    woken = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, request._handle) for number in SIGNALS}  # noqa: SLF001
     try:
         yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(woken)
+        os.close(readable)
+        os.close(writable)
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Take the same signals as a wish to stop now, where nothing has been done yet: `Drained`."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise Drained(f"{signal.Signals(number).name} before the start: there is nothing to save")
+
+    before = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -29,7 +29,7 @@ def rescore(restored: Restored, config: Config) -> Rescored:
     """
     # Threads belong to a run's bits: another number may add up in another order.
     torch.set_num_threads(config.threads_per_worker)
-    with world.join({}, device=config.device, step_timeout=config.step_timeout) as joined:
+    with world.alone(world.device_of(config.device, local_rank=0)) as joined:
         dataset = load_dataset(config.dataset, data_dir=config.data_dir)
         state = initial_state(config, dataset, joined.device)
         checkpoint = restored.commit.checkpoint

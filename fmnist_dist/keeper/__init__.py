@@ -1,0 +1,1 @@
+"""The process that torchrun starts: it forks the trainer, watches it and forks it again."""

@@ -1,0 +1,82 @@
+"""Forking a child of the keeper, and what must not cross: signals, sockets, unflushed output.
+
+The keeper has one thread, so no lock can be held by a thread that the child lacks. The fork happens
+on that thread, which outlives the child: the parent-death signal follows the thread.
+"""
+
+import os
+import signal
+import stat
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fmnist_dist.distributed.process import die_with, name_process
+from fmnist_dist.errors import ExitCode
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+_STDERR = 2
+
+
+def is_supported() -> bool:
+    """Whether this system has forks, and signals at a parent's death."""
+    return sys.platform == "linux"
+
+
+def fork(function: Callable[[], int], *, name: str, close: Iterable[int] = ()) -> int:
+    """Run `function` in a child, whose exit code it returns; return the child's process id.
+
+    The child has a process group of its own, dies with this process, and is called `name`. It has
+    none of this process's sockets, nor the descriptors `close`.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    # Until the child has its own handlers, a signal to it must not run those of the keeper.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    child = os.fork()
+    if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+        return child
+    code: int = ExitCode.BUG
+    try:
+        os.setpgid(0, 0)
+        die_with(parent)
+        name_process(name)
+        _begin_anew(close)
+        code = function()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else ExitCode.BUG
+    except BaseException:  # noqa: BLE001 - told here, and by the exit code: nobody else can
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            # Not `sys.exit`: what the keeper has opened is not this process's to close.
+            os._exit(code)
+
+
+def _begin_anew(close: Iterable[int]) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in _HANDLED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for descriptor in close:
+        os.close(descriptor)
+    _close_sockets()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+
+
+def _close_sockets() -> None:
+    """Close inherited connections: a peer of one would not see its owner's death."""
+    for path in list(Path("/proc/self/fd").iterdir()):
+        descriptor = int(path.name)
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+        except OSError:  # the listing's own
+            continue
+        if is_socket and descriptor > _STDERR:
+            os.close(descriptor)

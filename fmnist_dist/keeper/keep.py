@@ -1,0 +1,275 @@
+"""The keeper: what torchrun starts. It loads all that is slow, forks the trainer, and again.
+
+A trainer that dies is replaced in place: its peers meet its successor in the next generation, and
+no step is lost. What cannot be healed so ends with an exit code, and the launcher takes over.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from fmnist_dist import limits
+from fmnist_dist.desk import Desk, Prepared
+from fmnist_dist.distributed import generation
+from fmnist_dist.distributed.generation import Lost
+from fmnist_dist.distributed.roster import StoreKeys
+from fmnist_dist.distributed.stop import SIGNALS
+from fmnist_dist.errors import ExitCode
+from fmnist_dist.handover.board import Board
+from fmnist_dist.handover.slots import Slots
+from fmnist_dist.keeper.deaths import Death, Deaths, GiveUp, Quarantine, cause_of
+from fmnist_dist.keeper.fork import fork
+from fmnist_dist.keeper.rescue import rescue
+from fmnist_dist.keeper.watchdog import Action, StepLimit, Verdict, Watch, judge
+from fmnist_dist.telemetry.events import EventLog
+from fmnist_dist.telemetry.phases import Phases
+
+STACKS_SIGNAL = signal.SIGUSR2  # a trainer prints the stacks of its threads
+_STACKS_SECONDS = 1.0  # for printing them
+_INTERRUPTED = 130  # as a shell has it
+# A trainer that ends so has said why; another one would end in the same way, or has nothing to do.
+_SAID = {int(code) for code in ExitCode} - {int(ExitCode.BUG)} | {_INTERRUPTED}
+
+_events = EventLog("fmnist_dist.keeper")
+
+
+def keep(prepared: Prepared, train: Callable[[Desk], int], phases: Phases) -> int:
+    """Have trainers train, one after the other, until the run's end; return the exit code."""
+    with _listening() as listening:
+        keeper = Keeper(prepared, train, listening)
+        return keeper.run(phases)
+
+
+class Keeper:
+    """One rank's keeper."""
+
+    def __init__(
+        self, prepared: Prepared, train: Callable[[Desk], int], listening: "tuple[int, int]"
+    ) -> None:
+        self._prepared = prepared
+        self._train = train
+        self._pipe = listening
+        self._rank = prepared.roster.rank
+        self._config = prepared.launch.config
+        self._keys = StoreKeys(prepared.roster.connect())
+        self._board = Board.create()
+        self._slots = Slots.create()
+        self._deaths = Deaths()
+        self._interrupts = 0
+        self._killed_for: str | None = None  # why this keeper has killed its trainer
+        self._told_at: float | None = None  # when this trainer was told to regroup, and where
+        self._told_in = (0, 0)
+        self._reported: str | None = None  # the key under which a report stands
+
+    def run(self, phases: Phases) -> int:
+        gc.collect()
+        gc.freeze()  # what a collection does not touch stays shared with the trainers
+        desk = Desk(board=self._board, slots=self._slots, phases=phases)
+        while True:
+            self._board.renew()
+            self._killed_for = self._told_at = None
+            be_trainer = partial(self._be_trainer, desk)
+            trainer = fork(be_trainer, name="fmnist-trainer", close=self._pipe)
+            status = self._watch(trainer)
+            died_at = time.monotonic()
+            code = self._end(status, desk)
+            if code is not None:
+                self._say_left(code)
+                return code
+            reason = self._killed_for or cause_of(status)[0]
+            try:
+                # Before the fork: nobody may meet the successor where the dead one had arrived.
+                generation.move(self._keys, failed=self._board.generation)
+            except RuntimeError as error:
+                _events.error("the launcher's store is gone", why=str(error))
+                return ExitCode.TRANSIENT
+            _events.warning("worker lost, a new one takes its place", why=reason)
+            seconds = time.monotonic() - died_at
+            lost = Lost(reason=reason, reached=self._board.step, seconds=seconds)
+            desk = Desk(board=self._board, slots=self._slots, lost=lost)
+
+    def _be_trainer(self, desk: Desk) -> int:
+        faulthandler.register(STACKS_SIGNAL, all_threads=True)
+        return self._train(desk)
+
+    def _watch(self, trainer: int) -> int:
+        """Return the wait status of the trainer, when it has ended."""
+        watch = Watch(self._board, now=time.monotonic())
+        if self._board.draining:
+            os.kill(trainer, signal.SIGTERM)
+        while True:
+            select.select([self._pipe[0]], [], [], limits.KEEPER_SECONDS)
+            self._hear(trainer)
+            done, status = os.waitpid(trainer, os.WNOHANG)
+            if done:
+                return status
+            if self._killed_for is None:
+                self._look(trainer, watch)
+            if self._board.draining and time.monotonic() > self._kill_at():
+                self._kill(trainer, "it did not stop in time")
+
+    def _hear(self, trainer: int) -> None:
+        """Pass a wish to stop on to the trainer: nobody else does."""
+        try:
+            numbers = os.read(self._pipe[0], 256)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            self._interrupts += number == signal.SIGINT
+            if number not in SIGNALS or self._board.draining:
+                continue
+            self._board.drain_signal = number
+            self._board.drain_deadline = time.monotonic() + self._config.drain_seconds
+            self._board.draining = True
+            os.kill(trainer, signal.SIGTERM)
+        if self._interrupts > 1:
+            self._kill(trainer, "interrupted twice")
+
+    def _kill_at(self) -> float:
+        """Return when a drain ends: what is left then is for saving in the trainer's place."""
+        reserve = min(limits.KILL_SECONDS, self._config.drain_seconds / 4)
+        return self._board.drain_deadline - reserve
+
+    def _look(self, trainer: int, watch: Watch) -> None:
+        reading = watch.look(now=time.monotonic(), stopped=_is_stopped(trainer))
+        limit = StepLimit(
+            configured=self._config.step_timeout, step_seconds=self._board.step_seconds
+        )
+        now_in = (self._board.generation, reading.collectives)
+        if self._told_in != now_in:
+            self._told_at = None
+        told = None if self._told_at is None else time.monotonic() - self._told_at
+
+        def verdict(peers: dict[int, int] | None) -> Verdict:
+            return judge(
+                reading,
+                limit=limit,
+                peers=peers,
+                rank=self._rank,
+                world_size=self._prepared.roster.size,
+                told_seconds=told,
+            )
+
+        found = verdict(None)
+        if found.action is Action.REPORT:
+            self._report(str(reading.collectives))
+        elif self._reported is not None:
+            self._report("")
+        if reading.still_seconds > limit.seconds(reading.section):
+            found = verdict(self._reports())
+        match found.action:
+            case Action.KILL:
+                self._print_stacks(trainer, found.reason)
+                self._kill(trainer, found.reason)
+            case Action.REGROUP if self._told_at is None:
+                _events.warning("nobody is behind: all meet again", why=found.reason)
+                self._told_at, self._told_in = time.monotonic(), now_in
+                generation.move(self._keys, failed=self._board.generation)
+            case _:
+                pass
+
+    def _report(self, number: str) -> None:
+        """Tell the other keepers in which collective this trainer waits; "": in none any more."""
+        key = self._reported or f"stuck/{self._board.generation}/{self._rank}"
+        self._keys.set(key, number)
+        self._reported = key if number else None
+
+    def _reports(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for rank in range(self._prepared.roster.size):
+            text = self._keys.get(f"stuck/{self._board.generation}/{rank}")
+            if text:
+                found[rank] = int(text)
+        return found
+
+    def _print_stacks(self, trainer: int, reason: str) -> None:
+        """Have all threads of the trainer print their stacks; a stopped one goes on for that."""
+        _events.error("worker stuck: the stacks of its threads follow", why=reason)
+        os.kill(trainer, STACKS_SIGNAL)
+        os.kill(trainer, signal.SIGCONT)
+        time.sleep(_STACKS_SECONDS)
+
+    def _kill(self, trainer: int, why: str) -> None:
+        if self._killed_for is None:
+            self._killed_for = why
+            os.kill(trainer, signal.SIGKILL)
+
+    def _end(self, status: int, desk: Desk) -> int | None:
+        """Return the exit code to end with, or None: another trainer is to go on."""
+        if os.WIFEXITED(status) and (code := os.WEXITSTATUS(status)) in _SAID:
+            return code
+        if self._board.finished:
+            return ExitCode.FINISHED
+        if self._interrupts > 1:
+            return _INTERRUPTED
+        if self._board.draining:
+            left = max(limits.KILL_SECONDS, self._board.drain_deadline - time.monotonic())
+            is_safe = rescue(self._prepared, desk, reason="drain", seconds=left)
+            return ExitCode.DRAINED if is_safe or self._board.step <= 0 else ExitCode.TRANSIENT
+        return self._consider(status, desk)
+
+    def _consider(self, status: int, desk: Desk) -> int | None:
+        """Tell a crash loop from a kill, and a checkpoint that crashes whoever restores it."""
+        cause, own_fault = cause_of(status)
+        section, _ = self._board.where()
+        death = Death(
+            step=self._board.step,
+            section=section,
+            cause=self._killed_for or self._board.error or cause,
+            own_fault=own_fault or self._killed_for is not None,
+            restoring=self._board.restoring if self._board.restoring >= 0 else None,
+        )
+        match self._deaths.add(death):
+            case GiveUp(why):
+                rescue(self._prepared, desk, reason="survivor", seconds=limits.RESCUE_SECONDS)
+                _events.error(
+                    f"no progress: {why}; a restart would end in the same way, see the lines above",
+                    exit_code=int(ExitCode.NO_PROGRESS),
+                )
+                return ExitCode.NO_PROGRESS
+            case Quarantine(index):
+                self._keys.set("suspect", str(index))
+                self._slots.clear()
+            case _:
+                pass
+        return None
+
+    def _say_left(self, code: int) -> None:
+        with contextlib.suppress(RuntimeError):  # nobody is left to be told
+            generation.leave(self._keys, rank=self._rank, reason=f"exit code {code}")
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[tuple[int, int]]:
+    """Yield a pipe that is readable when a signal came or a child has ended."""
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    numbers = (*SIGNALS, signal.SIGCHLD)
+    woken = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, _ignore) for number in numbers}
+    try:
+        yield readable, writable
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(woken)
+        os.close(readable)
+        os.close(writable)
+
+
+def _ignore(_number: int, _frame: object) -> None:
+    """Let the interpreter write the signal's number into the pipe, and go on."""
+
+
+def _is_stopped(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state in {"T", "t"}

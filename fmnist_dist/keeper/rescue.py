@@ -1,0 +1,48 @@
+"""Saving in a trainer's place: from the copy of the state that it has left with its keeper."""
+
+import os
+import signal
+import time
+
+from fmnist_dist import limits
+from fmnist_dist.desk import Desk, Prepared
+from fmnist_dist.distributed import world
+from fmnist_dist.errors import ExitCode, FmnistDistError
+from fmnist_dist.held import inherit
+from fmnist_dist.keeper.fork import fork
+from fmnist_dist.telemetry.events import EventLog
+
+_events = EventLog("fmnist_dist.keeper")
+
+
+def rescue(prepared: Prepared, desk: Desk, *, reason: str, seconds: float) -> bool:
+    """Make durable what the dead trainer has left, in a child; return whether it is.
+
+    The keeper itself touches no storage: clients of object stores have threads, which must not
+    cross the next fork.
+    """
+
+    def save() -> int:
+        device = world.device_of("cpu", local_rank=0)
+        held = inherit(prepared, desk, device)
+        if held is None:
+            return ExitCode.TRANSIENT
+        try:
+            held.saves.secure(held.state, reason=reason, seconds=seconds)
+        except FmnistDistError as error:
+            _events.error(str(error), exit_code=int(error.exit_code))
+            return error.exit_code
+        _events.info("saved from the keeper's memory", step=held.state.step)
+        return ExitCode.FINISHED
+
+    child = fork(save, name="fmnist-rescue")
+    deadline = time.monotonic() + seconds + limits.KILL_SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == ExitCode.FINISHED
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    _events.error("could not save from the keeper's memory in time", seconds=round(seconds, 1))
+    return False

@@ -1,0 +1,23 @@
+"""Every wait's limit, in seconds, in one place. Whatever passes its limit ends with an exit code.
+
+What the user may set (`--step-timeout`, `--drain-seconds`, `--max-unsaved-seconds`) is in `config`;
+the watchdog's limits of a trainer's sections are in `keeper.watchdog`.
+"""
+
+ROLL_CALL_SECONDS = 120.0  # keepers: a node may still be importing torch from a cold disk
+STORE_SECONDS = 60.0  # one answer of the launcher's store
+FIRST_MEETING_SECONDS = 900.0  # trainers: a node may still be downloading the data set
+MEETING_SECONDS = 60.0  # trainers, after that: a peer may be busy with an evaluation or a save
+EARLY_SAVE_SECONDS = 5.0  # in a meeting; then the state is saved, should nobody come
+BUILD_SECONDS = 5.0  # of a process group, once all have arrived
+TOLD_SECONDS = 300.0  # what rank 0 tells the others: it may be checking a large checkpoint
+FAREWELL_SECONDS = 5.0  # rank 0 waits so long for the others to have heard why it leaves
+COLLECTIVE_SECONDS = 1800.0  # last resort: keepers find who is stuck long before
+SECURE_SECONDS = 2.0  # a rank lets the ones before it save the state that all hold
+POLL_SECONDS = 0.002  # between two looks at the store
+LOOKOUT_SECONDS = 0.1  # between two looks of a trainer's second thread
+KEEPER_SECONDS = 0.2  # between two looks of a keeper at its trainer
+KILL_SECONDS = 1.0  # what a keeper keeps of a drain's time: to kill, and to save in its place
+RESCUE_SECONDS = 30.0  # saving from the keeper's memory
+SAVE_RETRY_SECONDS = 5.0  # after a save that failed; storage that is full stays so for a while
+STUCK_REPORT_SECONDS = 5.0  # keepers that all wait compare collectives for so long

@@ -1,0 +1,118 @@
+"""The thread that stays awake while a trainer's main thread is blocked in a collective.
+
+It shows the keeper that the process lives, hears signals, gets the main thread out of a collective
+of a generation that has failed, and, when a drain's time runs short, saves the state itself: in the
+quiet window that any thread may use (see `state`).
+"""
+
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from fmnist_dist import limits
+from fmnist_dist.distributed.stop import StopRequest
+from fmnist_dist.distributed.world import World
+from fmnist_dist.errors import ExitCode, FmnistDistError
+from fmnist_dist.handover.board import Board, Section
+from fmnist_dist.telemetry.events import EventLog
+
+_PATIENCE = 0.5  # share of a drain's time that all ranks have to stop together
+# There the main thread hears of the wish by itself, or is in storage, as any thread would be.
+_ENDS_BY_ITSELF = {Section.MEETING, Section.SAVE, Section.FINISH}
+_INTERRUPTED = 130  # as a shell has it
+
+_events = EventLog("fmnist_dist.lookout")
+
+
+class Lookout:
+    """Looks around ten times a second, and at once when a signal comes."""
+
+    def __init__(self, board: Board, stop: StopRequest, *, drain_seconds: float) -> None:
+        self._board = board
+        self._stop = stop
+        self._drain_seconds = drain_seconds
+        self._world: World | None = None
+        self._has_failed: Callable[[], bool] = lambda: False
+        self._secure: Callable[[float], str] | None = None
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="lookout", daemon=True)
+
+    def secure_with(self, secure: Callable[[float], str]) -> None:
+        """Say how to make the state durable within so many seconds; returns what was done."""
+        self._secure = secure
+
+    @contextmanager
+    def running(self) -> Iterator["Lookout"]:
+        self._thread.start()
+        try:
+            yield self
+        finally:
+            self._closing.set()
+            self._thread.join(limits.FAREWELL_SECONDS)
+
+    @contextmanager
+    def watching(self, world: World, has_failed: Callable[[], bool]) -> Iterator[None]:
+        """Break a generation's collectives off as soon as `has_failed` says so."""
+        with self._lock:
+            self._world, self._has_failed = world, has_failed
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._world = None
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._board.beat()
+                self._hear()
+                self._break_off()
+                select.select([self._stop.descriptor], [], [], limits.LOOKOUT_SECONDS)
+        except OSError:
+            if not self._closing.is_set():  # the pipe was closed under it by a closing trainer
+                raise
+
+    def _hear(self) -> None:
+        self._stop.read()
+        if self._board.draining:
+            self._stop.ask()
+        if self._stop.num_interrupts > 1:
+            time.sleep(limits.LOOKOUT_SECONDS)  # the main thread ends by itself, if it can
+            if not self._closing.is_set():
+                _leave(_INTERRUPTED)
+        if self._stop.since is not None:
+            deadline = self._board.drain_deadline or self._stop.since + self._drain_seconds
+            patience = self._stop.since + _PATIENCE * (deadline - self._stop.since)
+            if time.monotonic() > patience:
+                self._save_alone(deadline)
+
+    def _save_alone(self, deadline: float) -> None:
+        """Save without the others, and without the main thread, which is stuck."""
+        if self._board.section in _ENDS_BY_ITSELF or self._secure is None:
+            return
+        try:
+            done = self._secure(deadline - time.monotonic() - limits.KILL_SECONDS)
+        except FmnistDistError as error:
+            _events.error(str(error), exit_code=int(error.exit_code))
+            _leave(error.exit_code)
+        _events.info(f"asked to stop, and others do not answer: {done}", exit_code=143)
+        _leave(ExitCode.DRAINED)
+
+    def _break_off(self) -> None:
+        section, seconds = self._board.where()
+        if section is not Section.COLLECTIVE or seconds < limits.LOOKOUT_SECONDS:
+            return
+        with self._lock:
+            if self._world is not None and self._has_failed():
+                self._world.break_off()
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stderr.flush()
+    os._exit(code)
