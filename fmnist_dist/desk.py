@@ -10,6 +10,7 @@ from fmnist_dist.faults import Faults
 from fmnist_dist.handover.board import Board
 from fmnist_dist.handover.slots import Slots
 from fmnist_dist.settings import Launch
+from fmnist_dist.state import TrainState
 from fmnist_dist.telemetry.phases import Phases
 
 
@@ -35,4 +36,6 @@ class Desk:
     board: Board
     slots: Slots | None = None  # None: no keeper
     lost: Lost | None = None
+    died_at: float = 0.0  # when it did, on the monotonic clock
+    state: TrainState | None = None  # built ahead, of any step
     phases: Phases | None = None  # of the first trainer only

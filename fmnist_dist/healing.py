@@ -16,9 +16,9 @@ _events = EventLog("fmnist_dist.healing")
 class Healing:
     """One trainer's account of losses, its predecessor's first of all."""
 
-    def __init__(self, lost: Lost | None) -> None:
+    def __init__(self, lost: Lost | None, *, died_at: float) -> None:
         self._lost = lost
-        self._lost_at = time.monotonic() - (lost.seconds if lost else 0.0)
+        self._lost_at = died_at
         self._unrecorded: list[Callable[[], None]] = []
         self._retry_at = 0.0
 

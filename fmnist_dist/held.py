@@ -11,6 +11,8 @@ from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.config import Config
 from fmnist_dist.data.feed import TrainingFeed
 from fmnist_dist.desk import Desk, Prepared
+from fmnist_dist.distributed import world
+from fmnist_dist.handover.board import Board
 from fmnist_dist.opening import Run, follow_run
 from fmnist_dist.plan import Plan
 from fmnist_dist.saves import Saves
@@ -42,12 +44,14 @@ class Held:
             self.hint.close()
 
 
-def hold(prepared: Prepared, run: Run, device: torch.device) -> Held:
-    """Return what belongs to a run that is open, with the initial state."""
+def hold(
+    prepared: Prepared, run: Run, device: torch.device, *, state: TrainState | None = None
+) -> Held:
+    """Return what belongs to a run that is open: with `state`, or the initial one."""
     resumption, launch = run.resumption, prepared.launch
     config = resumption.terms.config(launch)
     plan = resumption.terms.plan(launch, prepared.num_samples)
-    state = initial_state(config, prepared.dataset, device)
+    state = state or initial_state(config, prepared.dataset, device)
     progress = make_progress(
         log_format=config.log_format,
         rank=prepared.roster.rank,
@@ -85,9 +89,22 @@ def inherit(prepared: Prepared, desk: Desk, device: torch.device) -> Held | None
     if slot is None or told is None:
         return None
     run = follow_run(prepared.launch, prepared.root, Resumption.from_json(told))
-    held = hold(prepared, run, device)
+    held = hold(prepared, run, device, state=desk.state)
     held.state.load_image(slot.data)
     return held
+
+
+def rehearse(prepared: Prepared, board: Board) -> TrainState | None:
+    """Build ahead what a later trainer of this run loads its state into; None on a GPU.
+
+    There it would take memory that is not to spare (not run here).
+    """
+    told = board.resumption
+    if told is None or world.device_of(prepared.launch.config.device, local_rank=0).type != "cpu":
+        return None
+    config = Resumption.from_json(told).terms.config(prepared.launch)
+    torch.set_num_threads(config.threads_per_worker)
+    return initial_state(config, prepared.dataset, torch.device("cpu"))
 
 
 def open_hint(prepared: Prepared, held: Held) -> ProgressHint | None:

@@ -144,7 +144,7 @@ class Saves:
                 break
             if self.is_durable(state):
                 return
-            time.sleep(10 * limits.POLL_SECONDS)
+            time.sleep(limits.LAZY_POLL_SECONDS)
         self.insist(state, reason=reason, seconds=deadline - time.monotonic())
 
     def insist(self, state: TrainState, *, reason: str, seconds: float) -> None:
@@ -176,7 +176,7 @@ class Saves:
                     raise TransientError(
                         f"rank 0 did not finish the run in {seconds:g} s: start it again"
                     )
-                time.sleep(10 * limits.POLL_SECONDS)
+                time.sleep(limits.LAZY_POLL_SECONDS)
 
         self._until(look, "cannot see whether the run is finished", seconds)
 

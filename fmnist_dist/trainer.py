@@ -53,7 +53,7 @@ class Trainer:
         # A connection of its own: the main thread may be inside a call on the other one.
         self._lookout_keys = StoreKeys(self._roster.connect())
         self._kept = KeptCopy(desk.slots, warn=_events.warning)
-        self._healing = Healing(desk.lost)
+        self._healing = Healing(desk.lost, died_at=desk.died_at)
         self._held = inherit(prepared, desk, self._device)
 
     def train(self) -> None:
@@ -95,7 +95,7 @@ class Trainer:
                     raise PeersLeftError({})
             if now - began > limit:
                 raise self._alone(f"no word of the other ranks for {limit:g} s")
-            time.sleep(limits.POLL_SECONDS)
+            time.sleep(limits.POLL_SECONDS if now - began < 1 else limits.LAZY_POLL_SECONDS)
 
         def announce(number: int) -> None:
             self._board.generation = number
@@ -157,6 +157,8 @@ class Trainer:
         def check() -> None:
             if generation.number(self._keys) != meeting.generation:
                 raise PeerLostError("another rank has died")
+            if generation.left(self._keys):
+                raise PeerLostError("another rank has left")
             if self._stop.requested and not self._board.section == Section.FINISH:
                 raise PeerLostError("this rank was asked to stop")
 

@@ -55,16 +55,24 @@ class Desk:
         return answer
 
     def get(self, key: str) -> str | None:
-        return self.ask("get", key)
+        answer: str | None = self.ask("get", key)
+        return answer
 
     def check(self, keys: list[str]) -> bool:
-        return self.ask("check", tuple(keys))
+        answer: bool = self.ask("check", tuple(keys))
+        return answer
 
     def set(self, key: str, value: str) -> None:
         self.ask("set", key, value)
 
     def compare_set(self, key: str, expected: str, desired: str) -> str:
-        return self.ask("compare_set", key, expected, desired)
+        answer: str = self.ask("compare_set", key, expected, desired)
+        return answer
+
+    def add(self, key: str) -> int:
+        """Count one up, as torch's stores can; only mistakes use it."""
+        answer: int = self.ask("add", key)
+        return answer
 
     def announce(self, number: int) -> None:
         self.ask("announce", number)
@@ -72,8 +80,8 @@ class Desk:
     def pause(self) -> None:
         self.ask("pause")
 
-    def collective(self, index: int, payload: bytes = b"") -> bytes:
-        result = self.ask("collective", index, payload)
+    def collective(self, name: str, payload: bytes = b"") -> bytes:
+        result: bytes | None = self.ask("collective", name, payload)
         if result is None:
             raise GroupError
         return result
@@ -97,13 +105,16 @@ class Process:
         self.step, self.data = step, data
 
 
-def receive(mine: Process, desk: Desk, meeting: Meeting, first: int) -> None:
-    """Send or receive the source's state in chunks; `first` numbers the group's collectives."""
+def chunk(desk: Desk, mine: Process, source: Arrival, number: int) -> bytes:
+    """Send or receive one chunk of the source's state."""
+    sent = mine.data[number : number + 1] if mine.rank == source.rank else b""
+    return desk.collective(f"chunk {number}", sent)
+
+
+def receive(mine: Process, desk: Desk, meeting: Meeting) -> None:
+    """Send or receive the source's state."""
     source = meeting.arrivals[meeting.source or 0]
-    buffer = b""
-    for chunk in range(CHUNKS):
-        mine_to_send = mine.data[chunk : chunk + 1] if mine.rank == source.rank else b""
-        buffer += desk.collective(first + chunk, mine_to_send)
+    buffer = b"".join(chunk(desk, mine, source, number) for number in range(CHUNKS))
     if mine.rank in meeting.behind():
         mine.hold(desk, source.step, transfer.adopt(buffer, digest=source.digest))
 
@@ -123,7 +134,7 @@ class Rules:
     retreat: Callable[..., object] = generation.move  # a survivor's move
     await_keys: Callable[..., None] = generation.await_keys
     leave: Callable[..., None] = generation.leave
-    receive: Callable[[Process, Desk, Meeting, int], None] = receive
+    receive: Callable[[Process, Desk, Meeting], None] = receive
     heal: Callable[[Desk, "Rules", int], None] = heal
 
 
@@ -134,6 +145,7 @@ class Scene:
     size: int
     failures: int
     kinds: frozenset[str] = frozenset({"dies"})  # of failures
+    mortal: frozenset[int] = frozenset(range(9))  # ranks that may fail
     last: int = 2  # the step at which training ends
     held: tuple[Held, ...] = ()  # by rank, at the start; empty: nothing, as in a new run
     slots: bool = False  # whether a forked trainer finds its predecessor's state
@@ -176,7 +188,7 @@ def work(desk: Desk, scene: Scene, mine: Process, meeting: Meeting) -> None:
     desk.set(f"g/{number}/address/{mine.rank}", mine.incarnation)
     addresses = [f"g/{number}/address/{rank}" for rank in range(scene.size)]
     rules.await_keys(desk, addresses, generation=number, pause=desk.pause)
-    desk.collective(0)
+    desk.collective("connect")
     if mine.rank == 0:
         desk.set(f"g/{number}/plan", "the plan")
     else:
@@ -184,8 +196,8 @@ def work(desk: Desk, scene: Scene, mine: Process, meeting: Meeting) -> None:
     if meeting.source is None:
         mine.hold(desk, 0, bytes(CHUNKS))
     elif meeting.behind():
-        rules.receive(mine, desk, meeting, 1)
+        rules.receive(mine, desk, meeting)
     while mine.step < scene.last:
-        desk.collective(1 + CHUNKS + mine.step)
+        desk.collective(f"step {mine.step + 1}")
         mine.hold(desk, mine.step + 1, bytes(each + 1 for each in mine.data))
-    desk.collective(1 + CHUNKS + scene.last)  # so that nobody leaves a peer one step behind
+    desk.collective("farewell")  # so that nobody leaves a peer one step behind

@@ -137,8 +137,13 @@ def move(keys: KeyValue, *, failed: int) -> int:
 def leave(keys: KeyValue, *, rank: int, reason: str) -> None:
     """Say that this rank does not come back. What was said first stays."""
     text = keys.get(LEFT) or ""
-    while rank not in (left := _reasons(text)):
-        text = keys.compare_set(LEFT, text, json.dumps({**left, rank: reason}))
+    while rank not in (gone := _reasons(text)):
+        text = keys.compare_set(LEFT, text, json.dumps({**gone, rank: reason}))
+
+
+def left(keys: KeyValue) -> dict[int, str]:
+    """Return the ranks that do not come back, and why."""
+    return _reasons(keys.get(LEFT) or "")
 
 
 def meet(
@@ -155,9 +160,9 @@ def meet(
     that was in a generation before has moved the number from it. Raises `PeersLeftError`.
     """
     while True:
-        left = _left(keys)
-        if left:
-            raise PeersLeftError(left)
+        gone = left(keys)
+        if gone:
+            raise PeersLeftError(gone)
         generation = number(keys)
         announce(generation)  # first: the keeper must know of an arrival that is cut off
         keys.set(_here(generation, arrival.rank), arrival.encode())
@@ -186,9 +191,9 @@ def await_keys(
             raise GenerationMovedError(f"generation {generation} has failed, {now} meets")
         if complete:
             return
-        left = _left(keys)
-        if left and not keys.check(wanted):  # again: it may have come just before its rank left
-            raise PeersLeftError(left)
+        gone = left(keys)
+        if gone and not keys.check(wanted):  # again: it may have come just before its rank left
+            raise PeersLeftError(gone)
         pause()
 
 
@@ -205,10 +210,6 @@ def has_arrived(keys: KeyValue, *, generation: int, rank: int) -> bool:
 
 def _here(generation: int, rank: int) -> str:
     return f"g/{generation}/here/{rank}"
-
-
-def _left(keys: KeyValue) -> dict[int, str]:
-    return _reasons(keys.get(LEFT) or "")
 
 
 def _reasons(text: str) -> dict[int, str]:

@@ -118,9 +118,12 @@ class GradientTree:
         gathered = rows.new_empty(world_size * rows.numel())
         work = _all_gather(gathered, rows.flatten(), async_op=True)
         assert work is not None
-        return work.get_future().then(
-            lambda _: self._layout.combine(gathered.view(world_size, *rows.shape))
-        )
+
+        def add(done: torch.futures.Future[object]) -> Tensor:
+            done.value()  # raises what the collective raised: `then` runs after a failure as well
+            return self._layout.combine(gathered.view(world_size, *rows.shape))
+
+        return work.get_future().then(add)
 
     def _scatter(self, rows: Tensor) -> torch.futures.Future[Tensor]:
         """Each rank adds one slice and gives it to all: the traffic of a ring all-reduce."""

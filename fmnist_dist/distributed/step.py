@@ -89,6 +89,7 @@ class ShardedStep:
         self._ddp = DistributedDataParallel(
             _Loss(state.model, precision=precision, device=world.device),
             device_ids=[world.device] if world.device.type == "cuda" else None,
+            init_sync=False,  # all ranks hold the same state: they have compared its digest
             **_NO_BUFFERS,  # shards begin with the committed ones, alike on every rank
         )
         self._trained = [p for p in state.model.parameters() if p.requires_grad]
@@ -141,6 +142,12 @@ class ShardedStep:
         return self._outcome(*pending.wait())
 
     def close(self) -> None:
+        """Let go of the parameters: they outlive this group, and may go on in another one.
+
+        Reference cycles keep a DDP wrapper alive until a collection, and its reducer would go on
+        taking part in every backward pass.
+        """
+        self._ddp.reducer._remove_autograd_hooks()  # noqa: SLF001 - torch itself does so to re-wrap
         self._gradients.close()
 
     def _outcome(self, floats: Tensor, integers: Tensor) -> Outcome:

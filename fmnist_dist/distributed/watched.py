@@ -48,12 +48,14 @@ class WatchedStore(dist.Store):
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Wait until all keys are there. Raises `PeerLostError` after the limit."""
         limit = self._timeout if timeout is None else timeout
-        deadline = time.monotonic() + limit.total_seconds()
+        began = time.monotonic()
+        deadline = began + limit.total_seconds()
         while not self._store.check(keys):
             self._check()
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise PeerLostError(f"{keys[0]!r} was not told in {limit.total_seconds():g} s")
-            time.sleep(limits.POLL_SECONDS)
+            time.sleep(limits.POLL_SECONDS if now - began < 1 else limits.LAZY_POLL_SECONDS)
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout

@@ -1,5 +1,6 @@
 """The world of one generation: rank, world size, device, process group, and texts told around."""
 
+import contextlib
 import os
 import socket
 import stat
@@ -52,7 +53,7 @@ class World:
         """
         deadline = time.monotonic() + limits.FAREWELL_SECONDS
         while self.store.add(f"heard/{key}", 0) < self.size - 1 and time.monotonic() < deadline:
-            time.sleep(limits.POLL_SECONDS)
+            time.sleep(limits.LAZY_POLL_SECONDS)
 
     def check_peers(self) -> None:
         """Raise `PeerLostError` where this generation is over."""
@@ -68,12 +69,11 @@ class World:
             dist.distributed_c10d._get_default_group().abort()  # noqa: SLF001
         for descriptor, inode in _open_sockets().items():
             if inode not in self._sockets:
-                with socket.socket(fileno=os.dup(descriptor)) as connection:
-                    try:
-                        connection.getpeername()
-                        connection.shutdown(socket.SHUT_RDWR)
-                    except OSError:  # the listening one (gloo aborts without it), or closed
-                        continue
+                # Closed meanwhile, or the listening one, without which gloo aborts.
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
+                    own.getpeername()
+                    if os.fstat(own.fileno()).st_ino == inode:  # else it is somebody else's now
+                        own.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

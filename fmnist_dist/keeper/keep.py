@@ -24,9 +24,11 @@ from fmnist_dist.distributed.stop import SIGNALS
 from fmnist_dist.errors import ExitCode
 from fmnist_dist.handover.board import Board
 from fmnist_dist.handover.slots import Slots
+from fmnist_dist.held import rehearse
 from fmnist_dist.keeper.deaths import Death, Deaths, GiveUp, Quarantine, cause_of
 from fmnist_dist.keeper.fork import fork
 from fmnist_dist.keeper.rescue import rescue
+from fmnist_dist.keeper.spare import Spare
 from fmnist_dist.keeper.watchdog import Action, StepLimit, Verdict, Watch, judge
 from fmnist_dist.telemetry.events import EventLog
 from fmnist_dist.telemetry.phases import Phases
@@ -67,19 +69,18 @@ class Keeper:
         self._told_at: float | None = None  # when this trainer was told to regroup, and where
         self._told_in = (0, 0)
         self._reported: str | None = None  # the key under which a report stands
+        self._spare: Spare | None = None
+        self._forked_at = -1  # the step at which this trainer began
 
     def run(self, phases: Phases) -> int:
         gc.collect()
         gc.freeze()  # what a collection does not touch stays shared with the trainers
         desk = Desk(board=self._board, slots=self._slots, phases=phases)
+        trainer = self._fork(desk)
         while True:
-            self._board.renew()
-            self._killed_for = self._told_at = None
-            be_trainer = partial(self._be_trainer, desk)
-            trainer = fork(be_trainer, name="fmnist-trainer", close=self._pipe)
             status = self._watch(trainer)
             died_at = time.monotonic()
-            code = self._end(status, desk)
+            code = self._end(status)
             if code is not None:
                 self._say_left(code)
                 return code
@@ -90,10 +91,40 @@ class Keeper:
             except RuntimeError as error:
                 _events.error("the launcher's store is gone", why=str(error))
                 return ExitCode.TRANSIENT
+            lost = Lost(reason=reason, reached=self._board.step, seconds=0.0)
+            trainer = self._replace(lost, died_at)
             _events.warning("worker lost, a new one takes its place", why=reason)
-            seconds = time.monotonic() - died_at
-            lost = Lost(reason=reason, reached=self._board.step, seconds=seconds)
-            desk = Desk(board=self._board, slots=self._slots, lost=lost)
+
+    def _replace(self, lost: Lost, died_at: float) -> int:
+        """Return the process that takes a dead trainer's place: the spare, or a new fork."""
+        spare, self._spare = self._spare, None
+        self._begin()
+        if spare is not None and spare.call(lost, died_at=died_at):
+            return spare.process
+        return self._fork(self._desk(lost, died_at))
+
+    def _fork(self, desk: Desk) -> int:
+        self._begin()
+        return fork(partial(self._be_trainer, desk), name="fmnist-trainer", close=self._pipe)
+
+    def _begin(self) -> None:
+        self._board.renew()
+        self._killed_for = self._told_at = None
+        self._forked_at = self._board.step
+
+    def _desk(self, lost: Lost, died_at: float) -> Desk:
+        return Desk(board=self._board, slots=self._slots, lost=lost, died_at=died_at)
+
+    def _rehearse(self) -> Callable[[Lost, float], int]:
+        """Prepare, in a spare, what every trainer needs; return how it becomes one."""
+        state = rehearse(self._prepared, self._board)
+
+        def be_trainer(lost: Lost, died_at: float) -> int:
+            desk = self._desk(lost, died_at)
+            desk.state = state
+            return self._be_trainer(desk)
+
+        return be_trainer
 
     def _be_trainer(self, desk: Desk) -> int:
         faulthandler.register(STACKS_SIGNAL, all_threads=True)
@@ -112,6 +143,8 @@ class Keeper:
                 return status
             if self._killed_for is None:
                 self._look(trainer, watch)
+            if self._spare is None and self._board.step > self._forked_at:
+                self._spare = Spare(self._rehearse, close=self._pipe)
             if self._board.draining and time.monotonic() > self._kill_at():
                 self._kill(trainer, "it did not stop in time")
 
@@ -201,7 +234,7 @@ class Keeper:
             self._killed_for = why
             os.kill(trainer, signal.SIGKILL)
 
-    def _end(self, status: int, desk: Desk) -> int | None:
+    def _end(self, status: int) -> int | None:
         """Return the exit code to end with, or None: another trainer is to go on."""
         if os.WIFEXITED(status) and (code := os.WEXITSTATUS(status)) in _SAID:
             return code
@@ -211,11 +244,11 @@ class Keeper:
             return _INTERRUPTED
         if self._board.draining:
             left = max(limits.KILL_SECONDS, self._board.drain_deadline - time.monotonic())
-            is_safe = rescue(self._prepared, desk, reason="drain", seconds=left)
+            is_safe = rescue(self._prepared, self._board, self._slots, reason="drain", seconds=left)
             return ExitCode.DRAINED if is_safe or self._board.step <= 0 else ExitCode.TRANSIENT
-        return self._consider(status, desk)
+        return self._consider(status)
 
-    def _consider(self, status: int, desk: Desk) -> int | None:
+    def _consider(self, status: int) -> int | None:
         """Tell a crash loop from a kill, and a checkpoint that crashes whoever restores it."""
         cause, own_fault = cause_of(status)
         section, _ = self._board.where()
@@ -228,7 +261,13 @@ class Keeper:
         )
         match self._deaths.add(death):
             case GiveUp(why):
-                rescue(self._prepared, desk, reason="survivor", seconds=limits.RESCUE_SECONDS)
+                rescue(
+                    self._prepared,
+                    self._board,
+                    self._slots,
+                    reason="survivor",
+                    seconds=limits.RESCUE_SECONDS,
+                )
                 _events.error(
                     f"no progress: {why}; a restart would end in the same way, see the lines above",
                     exit_code=int(ExitCode.NO_PROGRESS),

@@ -8,6 +8,8 @@ from fmnist_dist import limits
 from fmnist_dist.desk import Desk, Prepared
 from fmnist_dist.distributed import world
 from fmnist_dist.errors import ExitCode, FmnistDistError
+from fmnist_dist.handover.board import Board
+from fmnist_dist.handover.slots import Slots
 from fmnist_dist.held import inherit
 from fmnist_dist.keeper.fork import fork
 from fmnist_dist.telemetry.events import EventLog
@@ -15,7 +17,7 @@ from fmnist_dist.telemetry.events import EventLog
 _events = EventLog("fmnist_dist.keeper")
 
 
-def rescue(prepared: Prepared, desk: Desk, *, reason: str, seconds: float) -> bool:
+def rescue(prepared: Prepared, board: Board, slots: Slots, *, reason: str, seconds: float) -> bool:
     """Make durable what the dead trainer has left, in a child; return whether it is.
 
     The keeper itself touches no storage: clients of object stores have threads, which must not
@@ -24,7 +26,7 @@ def rescue(prepared: Prepared, desk: Desk, *, reason: str, seconds: float) -> bo
 
     def save() -> int:
         device = world.device_of("cpu", local_rank=0)
-        held = inherit(prepared, desk, device)
+        held = inherit(prepared, Desk(board=board, slots=slots), device)
         if held is None:
             return ExitCode.TRANSIENT
         try:
