@@ -38,4 +38,5 @@ class Desk:
     lost: Lost | None = None
     died_at: float = 0.0  # when it did, on the monotonic clock
     state: TrainState | None = None  # built ahead, of any step
+    suspect: int | None = None  # record of a checkpoint that must not be chosen
     phases: Phases | None = None  # of the first trainer only

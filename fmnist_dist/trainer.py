@@ -265,7 +265,7 @@ class Trainer:
             owner=self._roster.owner,
             num_samples=self._prepared.num_samples,
             known=board.resumption if source is not None else None,
-            suspect=_number(self._keys.get("suspect")),
+            suspect=self._desk.suspect or _number(self._keys.get("suspect")),
         )
         if found is None:
             if joined.is_main:
@@ -294,7 +294,7 @@ class Trainer:
         return held
 
     def _roll_back(self, error: loop.RollbackError) -> None:
-        """Cut the line before a step without a loss, and forget the state; see decisions/0006."""
+        """Cut the line before a step without a loss, and forget the state."""
         held = self._held
         assert held is not None
         self._held = None

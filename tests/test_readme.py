@@ -50,6 +50,7 @@ def test_every_command_of_the_readme_is_run_below() -> None:
         "python -m fmnist_dist.runs show runs/mine",
         "python -m fmnist_dist.runs ledger runs/mine",
         "python -m fmnist_dist.evaluate runs/mine",
+        "python -m launch.drill",  # by `test_drill.py`, with fewer faults
     ]
 
 

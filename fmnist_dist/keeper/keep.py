@@ -69,6 +69,7 @@ class Keeper:
         self._told_at: float | None = None  # when this trainer was told to regroup, and where
         self._told_in = (0, 0)
         self._reported: str | None = None  # the key under which a report stands
+        self._suspect: int | None = None
         self._spare: Spare | None = None
         self._forked_at = -1  # the step at which this trainer began
 
@@ -113,7 +114,13 @@ class Keeper:
         self._forked_at = self._board.step
 
     def _desk(self, lost: Lost, died_at: float) -> Desk:
-        return Desk(board=self._board, slots=self._slots, lost=lost, died_at=died_at)
+        return Desk(
+            board=self._board,
+            slots=self._slots,
+            lost=lost,
+            died_at=died_at,
+            suspect=self._suspect,
+        )
 
     def _rehearse(self) -> Callable[[Lost, float], int]:
         """Prepare, in a spare, what every trainer needs; return how it becomes one."""
@@ -274,7 +281,8 @@ class Keeper:
                 )
                 return ExitCode.NO_PROGRESS
             case Quarantine(index):
-                self._keys.set("suspect", str(index))
+                self._suspect = index
+                self._keys.set("suspect", str(index))  # it is rank 0 that chooses
                 self._slots.clear()
             case _:
                 pass

@@ -1,0 +1,1 @@
+"""What starts workers, and what tries to break them; the package imports nothing of it."""

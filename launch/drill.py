@@ -1,0 +1,289 @@
+"""Try to kill it: `python -m launch.drill`. Run it before you believe a word of the README.
+
+Trains once undisturbed and once while parts of the job are killed, stopped and asked to stop at
+random moments of a seeded schedule; compares the two, and prints a verdict with the evidence.
+"""
+
+import json
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from fmnist_dist.checkpoint.hint import read_hints
+from fmnist_dist.checkpoint.local import LocalStorage
+from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.errors import UsageError
+from fmnist_dist.usage import columns, run_app
+from launch.launched import HangError, Launched, kill, reached, state
+
+_USAGE = 64
+
+# What happens, how often, and whether anybody is left, or told, who can save the last step.
+FAULTS = {
+    "kill a trainer": (5, True),
+    "kill all trainers": (2, False),  # their keepers hold a copy that may be a step or two old
+    "kill a keeper": (3, True),
+    "kill the agent": (2, False),
+    "term a trainer": (1, True),
+    "term a keeper": (1, True),
+    "term the agent": (2, True),
+    "stop a trainer": (2, True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Struck:
+    """One fault that happened: proved by the state of the processes that it hit."""
+
+    what: str
+    at_step: int
+    workers: int
+    level: str  # healed | restarted | launched anew
+    seconds: float  # to the next finished step
+
+    def line(self, number: int) -> str:
+        return (
+            f"{number:3}  {self.what:18} step {self.at_step:4}  {self.workers} workers  "
+            f"{self.level:14} {self.seconds:7.2f} s"
+        )
+
+
+class Drill:
+    """The disturbed training."""
+
+    def __init__(self, folder: Path, flags: list[str], *, seed: int, worlds: list[int]) -> None:
+        self.run = folder / "disturbed"
+        self.log = folder / "disturbed.log"
+        self._flags = flags
+        self._worlds = worlds
+        self._draw = random.Random(seed)
+        self.job = self._launch()
+
+    def _launch(self) -> Launched:
+        workers = self._draw.choice(self._worlds)
+        return Launched(self.run, self._flags, workers=workers, log=self.log)
+
+    def strike(self) -> Struck | None:
+        """Do one fault at a random moment; None if the training ended before."""
+        names = [name for name, (weight, _) in FAULTS.items() for _ in range(weight)]
+        what = self._draw.choice(names)
+        steps = self._draw.randrange(1, 6)
+        attempt, step = reached(self.run)
+        job = self.job
+        job.wait_for(lambda: job.has_ended or _has_passed(self.run, attempt, step + steps), "steps")
+        time.sleep(self._draw.random() * 0.2)
+        victims = self._victims(what)
+        before, began = reached(self.run), time.monotonic()
+        number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}[what[:4]]
+        hit = [process for process in victims if kill(process, number)]
+        if not hit:
+            return None if job.has_ended else self.strike()
+        if what.startswith("kill"):
+            job.wait_for(lambda: all(state(each) in {"", "Z", "X"} for each in hit), "the deaths")
+        if what.endswith("agent"):
+            job.wait_for(lambda: job.has_ended, "the agent's end")
+            time.sleep(0.1)  # its workers die with it; a fenced one would do no harm
+            self.job = self._launch()
+        before = max(before, reached(self.run))
+        restarts = what.startswith("term") or not what.endswith(("trainer", "trainers"))
+        self._await_next(before, restarts=restarts)
+        if what.startswith("stop"):
+            self.job.wait_for(lambda: all(state(each) != "T" for each in hit), "its replacement")
+        now = reached(self.run)
+        level = "launched anew" if what.endswith("agent") else "restarted"
+        return Struck(
+            what=what,
+            at_step=before[1],
+            workers=job.workers,
+            level="healed" if now[0] == before[0] else level,
+            seconds=time.monotonic() - began,
+        )
+
+    def _await_next(self, before: tuple[int, int], *, restarts: bool) -> None:
+        """Wait for a step of a later attempt, or, where none is due, past the same one's last."""
+        job = self.job
+
+        def goes_on() -> bool:
+            attempt, step = reached(self.run)
+            if attempt > before[0]:
+                return _advanced(self.run)
+            return not restarts and step >= before[1] + 2
+
+        job.wait_for(lambda: job.has_ended or goes_on(), "the next finished step")
+
+    def _victims(self, what: str) -> list[int]:
+        if what.endswith("agent"):
+            return [] if self.job.has_ended else [self.job.agent.pid]
+        found = self.job.keepers() if what.endswith("keeper") else self.job.trainers()
+        if not found or " all " in what:
+            return found
+        return [self._draw.choice(found)]
+
+
+def _has_passed(run: Path, attempt: int, step: int) -> bool:
+    now = reached(run)
+    return now[0] > attempt or now[1] >= step
+
+
+def _advanced(run: Path) -> bool:
+    hints = read_hints(run)
+    newest = hints[max(hints)]
+    return newest.last_step > newest.first_step
+
+
+def drill(
+    *,
+    faults: Annotated[int, Parameter(help="how many must happen")] = 20,
+    seed: Annotated[int, Parameter(help="of the schedule")] = 0,
+    steps: Annotated[int, Parameter(help="of the training, at least")] = 300,
+    batch_size: Annotated[int, Parameter(help="small, so that steps are quick")] = 64,
+    workers: Annotated[str, Parameter(help="world sizes to move between")] = "1,2,3,4",
+    keep: Annotated[Path | None, Parameter(help="folder for runs and logs")] = None,
+) -> int:
+    """Disturb a training, and say whether anything was lost."""
+    worlds = _worlds(workers)
+    for name, value in (("faults", faults), ("steps", steps), ("batch-size", batch_size)):
+        if value < 1:
+            raise UsageError(f"flag --{name}: found {value}, expected a whole number above 0")
+    folder = keep or Path(tempfile.mkdtemp(prefix="drill-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    common = [f"--batch-size={batch_size}", f"--max-steps={steps}", "--save-every-seconds=10"]
+    common += ["--eval-every-epochs=99", "--step-timeout=10", "--device=cpu"]
+    print(f"undisturbed: {steps} steps of {batch_size} images, 2 workers", flush=True)
+    calm = Launched(folder / "calm", common, workers=2, log=folder / "calm.log")
+    struck: list[Struck] = []
+    subject: Drill | None = None
+    problems: list[str] = []
+    try:
+        calm.wait_for(lambda: calm.has_ended, "the undisturbed training")
+        print(f"disturbed: {faults} faults, schedule of seed {seed}", flush=True)
+        subject = Drill(folder, common, seed=seed, worlds=worlds)
+        while len(struck) < faults:
+            hit = subject.strike()
+            if hit is None:
+                break
+            struck.append(hit)
+            print(hit.line(len(struck)), flush=True)
+        _finish(subject)
+    except HangError as hang:
+        problems.append(f"it hangs: {hang}")
+    finally:
+        calm.end()
+        if subject is not None:
+            subject.job.end()
+    problems += judge(folder, struck, faults=faults)
+    _tell(struck, problems, show(folder / "disturbed"))
+    if keep is None and not problems:
+        shutil.rmtree(folder)
+    else:
+        print(f"runs and logs: {folder}")
+    return 1 if problems else 0
+
+
+def _finish(subject: Drill) -> None:
+    """Let the training end, launching it again where it was the last fault that ended it."""
+    for _ in range(3):
+        job = subject.job
+        job.wait_for(lambda job=job: job.has_ended, "the end of the training")
+        if show(subject.run)["status"] == "finished":
+            return
+        subject.job = subject._launch()  # noqa: SLF001 - one piece with `Drill`
+
+
+def judge(folder: Path, struck: list[Struck], *, faults: int) -> list[str]:
+    """Return what is wrong with the evidence; nothing: it cannot be killed."""
+    problems = []
+    if len(struck) < faults:
+        problems.append(f"{len(struck)} of {faults} faults happened: train for more --steps")
+    calm, disturbed = folder / "calm", folder / "disturbed"
+    stories = {run: show(run) for run in (calm, disturbed)}
+    for run, story in stories.items():
+        if story["status"] != "finished":
+            problems.append(f"the {run.name} run is {story['status']}, not finished")
+    if problems:
+        return problems
+    if bits(calm) != bits(disturbed):
+        problems.append("the bits differ from the undisturbed run's")
+    proof = _runs("ledger", disturbed)
+    if proof.returncode:
+        problems.append(f"the ledger: {proof.stdout or proof.stderr}")
+    story = stories[disturbed]
+    silent = sum(each.what == "kill the agent" for each in struck)
+    without = sum(1 for each in story["attempts"] if each["lost_steps"])
+    if without > silent:
+        problems.append(f"{without} attempts lost steps, {silent} agents were killed")
+    alone = any(each.what == "kill all trainers" or each.workers == 1 for each in struck)
+    lost = sum(each["lost_steps"] for each in story["heals"])
+    if lost and not alone:
+        problems.append(f"heals lost {lost} steps although a trainer was left each time")
+    return problems
+
+
+def _tell(struck: list[Struck], problems: list[str], story: dict[str, Any]) -> None:
+    for level in ("healed", "restarted", "launched anew"):
+        seconds = [each.seconds for each in struck if each.level == level]
+        if seconds:
+            middle = statistics.median(seconds)
+            print(f"{level:14} {len(seconds):3} times, {middle:.2f} s (max {max(seconds):.2f} s)")
+    lost = [
+        sum(each["lost_steps"] or 0 for each in story.get(n, ())) for n in ("heals", "attempts")
+    ]
+    print(f"steps lost, by the run's own log: {lost[0]} in heals, {lost[1]} between attempts")
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    print("FAIL" if problems else "PASS: same bits, every sample once, nothing hung")
+
+
+def bits(run: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of the newest checkpoint but its metric rows."""
+    log = RunLog(LocalStorage(run))
+    body: Any = log.record(log.read().head.checkpoints[-1].index).body
+    return {name: file.sha256 for name, file in body.files.items() if name != "metrics.jsonl"}
+
+
+def show(run: Path) -> dict[str, Any]:
+    found = _runs("show", run, "--json")
+    return json.loads(found.stdout) if found.returncode == 0 else {"status": "not there"}
+
+
+def _runs(command: str, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fmnist_dist.runs", command, str(run), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def _worlds(text: str) -> list[int]:
+    try:
+        worlds = [int(each) for each in text.split(",")]
+    except ValueError:
+        worlds = []
+    if not worlds or min(worlds) < 1 or max(worlds) > 8:  # noqa: PLR2004 - default logical shards
+        raise UsageError(f"flag --workers: found '{text}', expected numbers from 1 to 8, as in 1,2")
+    return worlds
+
+
+def main() -> int:
+    app = App(name="launch.drill", default_command=drill, help_formatter=columns, version_flags=[])
+    try:
+        return int(run_app(app, sys.argv[1:]) or 0)
+    except UsageError as error:
+        print(f"launch.drill: {error}", file=sys.stderr)
+        return _USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""A launch of the training as a user would type it, watched from outside through its run folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fmnist_dist.checkpoint.hint import read_hints
+
+LIMIT_SECONDS = 180.0  # of one wait: what takes longer hangs
+_POLL_SECONDS = 0.002
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class HangError(Exception):
+    """Something that must happen within its limit did not."""
+
+
+class Launched:
+    """One `torchrun` with its keepers and trainers."""
+
+    def __init__(self, run: Path, flags: list[str], *, workers: int, log: Path) -> None:
+        self.run = run
+        self.workers = workers
+        self.log = log
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={workers}", "--max-restarts=100", "-m", "fmnist_dist.train"]
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        with log.open("a") as output:
+            self.agent = subprocess.Popen(
+                [*command, "--run-dir", str(run), *flags],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+                start_new_session=True,
+            )
+
+    @property
+    def has_ended(self) -> bool:
+        return self.agent.poll() is not None
+
+    def keepers(self) -> list[int]:
+        return _children(self.agent.pid, "fmnist-keeper")
+
+    def trainers(self) -> list[int]:
+        return [each for keeper in self.keepers() for each in _children(keeper, "fmnist-trainer")]
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
+        """Return what `condition` returns once it is true. Raises `HangError`."""
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not (value := condition()):
+            if time.monotonic() > deadline:
+                raise HangError(f"waited {LIMIT_SECONDS:g} s for {what}:\n{self.tail()}")
+            time.sleep(_POLL_SECONDS)
+        return value
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+    def end(self) -> None:
+        """Leave no process behind; workers die with their agent."""
+        for process in (*self.trainers(), *self.keepers(), self.agent.pid):
+            kill(process, signal.SIGCONT)
+        if not self.has_ended:
+            self.agent.kill()
+            self.agent.wait()
+
+
+def reached(run: Path) -> tuple[int, int]:
+    """Return the newest attempt that has trained, and its last finished step."""
+    hints = read_hints(run)
+    return (max(hints), hints[max(hints)].last_step) if hints else (0, -1)
+
+
+def kill(process: int, number: signal.Signals) -> bool:
+    """Send a signal; return whether a living process got it."""
+    if state(process) in {"", "Z", "X"}:
+        return False
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def state(process: int) -> str:
+    """Return the letter of /proc/PID/stat; "" for no process."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _children(parent: int, name: str) -> list[int]:
+    found = []
+    try:
+        tasks = list(Path(f"/proc/{parent}/task").iterdir())
+        for task in tasks:
+            for child in (task / "children").read_text().split():
+                comm = Path(f"/proc/{child}/comm").read_text().strip()
+                if comm == name and state(int(child)) != "Z":
+                    found.append(int(child))
+    except OSError:  # ended while it was looked at
+        pass
+    return sorted(found)

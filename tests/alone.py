@@ -1,0 +1,63 @@
+"""A training with a keeper as a process of its own: a world of one that nobody launched.
+
+Its exit code is the real one, which a bare torchrun hides.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from in_process import clean_environ
+from jobs import LIMIT_SECONDS, ROOT, alive, wait_for
+
+FLAGS = ["--batch-size=64", "--save-every-seconds=none", "--device=cpu"]
+
+
+class Alone:
+    """One `python -m train_small`; stdout and stderr go to one file."""
+
+    def __init__(self, run: Path, *flags: str, **environ: str) -> None:
+        self.run = run
+        self.log = run.parent / f"{run.name}-{len(list(run.parent.iterdir()))}.log"
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "train_small", "--run-dir", str(run), *FLAGS, *flags],
+                cwd=ROOT,
+                env={**clean_environ(), "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environ},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def trainer(self) -> int:
+        """Return the living trainer."""
+
+        def find() -> int:
+            task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            for child in task.read_text().split():
+                comm = Path(f"/proc/{child}/comm")
+                if comm.exists() and comm.read_text().strip() == "fmnist-trainer":
+                    return int(child) if alive(int(child)) else 0
+            return 0
+
+        return wait_for(find, "a trainer")
+
+    def await_text(self, text: str, times: int = 1) -> None:
+        wait_for(
+            lambda: self.text().count(text) >= times or self.process.poll() is not None,
+            f"{text!r} in the log",
+        )
+        assert self.text().count(text) >= times, self.text()[-3000:]
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end; return exit code and output."""
+        try:
+            code = self.process.wait(LIMIT_SECONDS)
+        finally:
+            self.process.kill()
+        return code, self.text()
