@@ -102,7 +102,7 @@ def test_a_stopped_trainer_that_cannot_drain_is_saved_from_the_keepers_memory(
     code, text = job.end()
     assert code == 143, text
     assert "saved from the keeper's memory" in text
-    assert reached(job.run)[1] - checkpoints(job.run)[-1].step <= 2  # of the copy
+    assert reached(job.run)[1] - checkpoints(job.run)[-1].step <= 5  # its copy's age
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_trainer_that_crashes_at_the_same_step_again_and_again_is_given_up(
     assert code == 70, text
     assert f"fault: {how} at forward" in text
     assert "no progress: 3 times after step" in text
-    assert checkpoints(job.run)[-1].step in {4, 5}  # saved; its last copy may be a step old
+    assert 1 <= checkpoints(job.run)[-1].step <= 5  # saved; its last copy may be some steps old
 
 
 def test_a_checkpoint_that_crashes_whoever_restores_it_is_not_used_any_more(
