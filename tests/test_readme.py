@@ -81,7 +81,7 @@ def test_the_package_installs_alone_and_finds_itself(tmp_path: Path) -> None:
 
 
 def test_torchrun_show_ledger_and_evaluate_work_as_written(tmp_path: Path) -> None:
-    train, *readers = commands()[3:]
+    train, *readers = commands()[3:-1]  # the drill has tests of its own
     mine = tmp_path / "mine"
     job = Job(mine, ["--max-steps=3", "--batch-size=64"]).start()
     job.finish()
