@@ -77,7 +77,7 @@ def _faults(rank: int) -> Faults:
 
 def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
     """Import what is slow, prepare, and train: in children of a keeper, or in this process."""
-    with leaving_at_once():
+    with leaving_at_once(_say_drained):
         import torch._dynamo  # noqa: F401, PLC0415 - else every trainer's first optimizer does, in 1 s
 
         from fmnist_dist import job  # noqa: PLC0415 - torch takes seconds
@@ -110,6 +110,10 @@ def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
     return train(Desk(board=Board.create(), phases=phases))
 
 
+def _say_drained(drained: Drained) -> None:
+    _events.info(str(drained), exit_code=int(drained.exit_code))
+
+
 def _code_of(action: Callable[[], int]) -> int:
     """Return the exit code of what `action` returns or raises; tell what it raises."""
     try:
@@ -118,7 +122,7 @@ def _code_of(action: Callable[[], int]) -> int:
         time.sleep(_PEER_SECONDS)
         return error.code
     except Drained as drained:
-        _events.info(str(drained), exit_code=int(drained.exit_code))
+        _say_drained(drained)
         return drained.exit_code
     except FmnistDistError as error:
         _events.error(str(error), exit_code=int(error.exit_code))

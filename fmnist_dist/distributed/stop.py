@@ -11,7 +11,7 @@ step, and none waits for one that has left.
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -71,11 +71,19 @@ def listen() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Take the same signals as a wish to stop now, where nothing has been done yet: `Drained`."""
+def leaving_at_once(tell: Callable[[Drained], None]) -> Iterator[None]:
+    """Take the same signals as a wish to end the process now, where nothing has been done yet.
+
+    Nothing is raised: an import may swallow it and go on, or abort on it where C++ is on the stack.
+    """
 
     def leave(number: int, _frame: FrameType | None) -> None:
-        raise Drained(f"{signal.Signals(number).name} before the start: there is nothing to save")
+        name = signal.Signals(number).name
+        drained = Drained(f"{name} before the start: there is nothing to save")
+        try:
+            tell(drained)
+        finally:
+            os._exit(drained.exit_code)
 
     before = {number: signal.signal(number, leave) for number in SIGNALS}
     try:
