@@ -13,6 +13,8 @@ import torch.distributed as dist
 from fmnist_dist import limits
 from fmnist_dist.errors import PeerLostError
 
+_SHORTEST = timedelta(seconds=limits.BUILD_SECONDS)  # gloo asks for less: of one try to connect
+
 
 class WatchedStore(dist.Store):
     """Passes everything on, and calls `check` while it waits; what that raises ends the wait."""
@@ -47,7 +49,7 @@ class WatchedStore(dist.Store):
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Wait until all keys are there. Raises `PeerLostError` after the limit."""
-        limit = self._timeout if timeout is None else timeout
+        limit = self._timeout if timeout is None else max(timeout, _SHORTEST)
         began = time.monotonic()
         deadline = began + limit.total_seconds()
         while not self._store.check(keys):

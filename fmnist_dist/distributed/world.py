@@ -19,6 +19,8 @@ from fmnist_dist.distributed.roster import Roster
 from fmnist_dist.distributed.watched import WatchedStore
 from fmnist_dist.errors import PeerLostError, UsageError
 
+_GLOO_TRIES = 5  # to connect to a peer, each for the whole time-out (torch 2.14.1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
@@ -92,14 +94,16 @@ def join(
     """
     before = set(_open_sockets().values())
     watched = WatchedStore(dist.PrefixStore(f"group/{generation}", store), check)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    tries = _GLOO_TRIES if backend == "gloo" else 1
     try:
         with naming_lost_peers():
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                backend,
                 store=watched if roster.size > 1 else dist.HashStore(),
                 rank=roster.rank,
                 world_size=roster.size,
-                timeout=timedelta(seconds=limits.BUILD_SECONDS),
+                timeout=timedelta(seconds=limits.BUILD_SECONDS / tries),
             )
             _limit_collectives(limits.COLLECTIVE_SECONDS)
         yield World(
@@ -113,6 +117,10 @@ def join(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        else:
+            # torch numbers a process's groups, whose ranks look for each other under that number.
+            # One that could not be built keeps its own (2.14.1): the next would never be found.
+            dist.distributed_c10d._world.group_count = 0  # noqa: SLF001
 
 
 @contextmanager
