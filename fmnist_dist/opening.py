@@ -1,14 +1,19 @@
 """Opening a run: rank 0 takes it over, all other ranks are told where training goes on."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
 from fsspec.core import url_to_fs
 
+from fmnist_dist.checkpoint import lineage
 from fmnist_dist.checkpoint.disk import Disk
+from fmnist_dist.checkpoint.failure import ATTEMPTS, note_failure, repeated_failure
+from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
@@ -18,7 +23,13 @@ from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.distributed.fingerprint import fingerprint
 from fmnist_dist.distributed.share import broadcast, pack, unpack
 from fmnist_dist.distributed.world import World
-from fmnist_dist.errors import FmnistDistError, IncompatibleError, PeerFailedError
+from fmnist_dist.errors import (
+    FmnistDistError,
+    IncompatibleError,
+    NoProgressError,
+    PeerFailedError,
+)
+from fmnist_dist.handover.board import Board
 from fmnist_dist.settings import Launch
 from fmnist_dist.takeover import Resumption, read_terms, take_over
 
@@ -149,9 +160,11 @@ def _take_over(
     num_samples: int,
     suspect: int | None,
 ) -> tuple[RunWriter, Resumption, Restored | None] | None:
-    terms = read_terms(log, log.read().head, launch, num_samples=num_samples)
+    head = log.read().head
+    terms = read_terms(log, head, launch, num_samples=num_samples)
     if terms.done:
         return None
+    _refuse_repetition(log, head, root, owner=owner)
 
     def lost_steps(attempt: int, step: int) -> int | None:
         reached = read_hints(root).get(attempt)
@@ -169,6 +182,36 @@ def _take_over(
         lost_steps=lost_steps,
         suspect=suspect,
     )
+
+
+def _refuse_repetition(log: RunLog, head: Head, root: Path, *, owner: str) -> None:
+    """Raise `NoProgressError` where this launch has ended at one step, with one error, for long.
+
+    A launch that a user starts has another owner: it counts anew.
+    """
+    mine = takewhile(lambda each: each.attempt.owner == owner, lineage.attempts(log, head))
+    if failure := repeated_failure(root, (each.number for each in mine)):
+        raise NoProgressError(
+            f"no progress: the last {ATTEMPTS} attempts of this launch ended after step "
+            f"{failure.step} with {failure.error}; another one would too, so change what this "
+            "names and launch again"
+        )
+
+
+@contextmanager
+def noting_failures(root: Path, board: Board) -> Iterator[None]:
+    """Leave word, for later attempts, of an error that nobody foresaw and that ends this one."""
+    try:
+        yield
+    except FmnistDistError:
+        raise
+    except Exception as error:
+        told = board.resumption
+        if told is not None:  # else there is no attempt yet
+            resumption = Resumption.from_json(told)
+            step = max(board.step, resumption.step)
+            note_failure(root, attempt=resumption.attempt, step=step, error=error)
+        raise
 
 
 def _check_shared(log: RunLog, root: Path, resumption: Resumption) -> None:

@@ -84,6 +84,7 @@ def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
         from fmnist_dist.desk import Desk  # noqa: PLC0415
         from fmnist_dist.distributed.roster import call_roll  # noqa: PLC0415
         from fmnist_dist.keeper import fork, keep  # noqa: PLC0415
+        from fmnist_dist.opening import noting_failures  # noqa: PLC0415
 
         phases.ended("imports")
         is_kept = not launch.config.no_keeper and fork.is_supported()
@@ -107,7 +108,9 @@ def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
     if is_kept:
         name_process("fmnist-keeper")
         return keep.keep(prepared, lambda desk: _code_of(lambda: train(desk)), phases)
-    return train(Desk(board=Board.create(), phases=phases))
+    board = Board.create()
+    with noting_failures(prepared.root, board):
+        return train(Desk(board=board, phases=phases))
 
 
 def _say_drained(drained: Drained) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LAYOUT = struct.Struct("<qq")  # first step, last finished step
-_FOLDER = "progress"
+FOLDER = "progress"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class ProgressHint:
 
     def __init__(self, root: Path, *, attempt: int, first_step: int) -> None:
         """Begin an attempt's hint, or go on with that of the same attempt's lost worker."""
-        path = root / _FOLDER / f"{attempt:06d}"
+        path = root / FOLDER / f"{attempt:06d}"
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         with os.fdopen(descriptor, "r+b") as file:
@@ -47,7 +47,7 @@ class ProgressHint:
 def read_hints(root: Path) -> dict[int, Reached]:
     """Return what each attempt is known to have reached, by its number."""
     hints: dict[int, Reached] = {}
-    folder = root / _FOLDER
+    folder = root / FOLDER
     for path in folder.iterdir() if folder.is_dir() else ():
         data = path.read_bytes()
         if re.fullmatch(r"\d{6,}", path.name) and len(data) == _LAYOUT.size:
