@@ -10,6 +10,7 @@ FIRST_MEETING_SECONDS = 900.0  # trainers: a node may still be downloading the d
 MEETING_SECONDS = 60.0  # trainers, after that: a peer may be busy with an evaluation or a save
 EARLY_SAVE_SECONDS = 5.0  # in a meeting; then the state is saved, should nobody come
 BUILD_SECONDS = 5.0  # of a process group, once all have arrived
+REGROUP_SECONDS = 120.0  # of generations that fail one after the other, without a step between
 TOLD_SECONDS = 300.0  # what rank 0 tells the others: it may be checking a large checkpoint
 FAREWELL_SECONDS = 5.0  # rank 0 waits so long for the others to have heard why it leaves
 COLLECTIVE_SECONDS = 1800.0  # last resort: keepers find who is stuck long before

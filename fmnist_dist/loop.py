@@ -66,6 +66,7 @@ class Parts:
     hint: ProgressHint | None
     is_main: bool
     stepped: Callable[[int], None]  # after each finished step
+    finished: Callable[[], None]  # once the `finish` record stands
     peers_are_there: Callable[[], None]  # raises `PeerLostError` when they are not
     eval_every_epochs: int
     max_steps: int | None
@@ -84,7 +85,6 @@ def train(parts: Parts) -> None:
     last_step = min(plan.total_steps, parts.max_steps or plan.total_steps)
     clock = time.monotonic()
     agreed = True  # that all hold the same state: whoever met has shown its digest
-    skipped = 0
     while True:
         point = plan.point(state.step)
         ends_epoch = point.position == 0 and state.step > 0
@@ -110,10 +110,9 @@ def train(parts: Parts) -> None:
         result, wishes = outcome.result, outcome.wishes
         if step.learns and math.isfinite(result.loss):
             parts.commit(step, result, durable=wishes.durable)
-            skipped = 0
         else:
-            skipped += step.learns
-            _consider(parts, step, result.loss, skipped)
+            if step.learns:
+                _consider(parts, step, result.loss)
             state.pass_over(step, result, durable=wishes.durable)
         now = time.monotonic()
         _tell(parts, step, result.loss, seconds=now - clock)
@@ -161,7 +160,7 @@ def _finish(parts: Parts) -> None:
         saves.finish(state, reason=reason, seconds=parts.finish_seconds)
     else:
         saves.await_finish(state, seconds=2 * parts.finish_seconds, meanwhile=parts.peers_are_there)
-    parts.board.finished = True
+    parts.finished()
 
 
 def _evaluate(parts: Parts) -> None:
@@ -187,13 +186,11 @@ def _evaluate(parts: Parts) -> None:
         )
 
 
-def _consider(parts: Parts, step: Step, loss: float, skipped: int) -> None:
+def _consider(parts: Parts, step: Step, loss: float) -> None:
     """Decide about a step from which nothing can be learnt; every rank decides alike."""
-    if not step.learns:
-        return
     what = f"the loss of step {step.step + 1} is {loss}"
     match step.settings.on_non_finite:
-        case "skip" if skipped <= SKIPS_IN_A_ROW:
+        case "skip" if parts.state.skipped < SKIPS_IN_A_ROW:
             if parts.is_main:
                 _events.warning(f"{what}: skipped, as --on-non-finite skip has it")
         case "rollback":

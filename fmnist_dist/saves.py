@@ -160,8 +160,12 @@ class Saves:
         self._until(append, "not recorded as finished", seconds)
 
     def is_finished(self, step: int) -> bool:
-        """Whether the log says so now. Raises `FencedError`, `StorageError`."""
-        return self.writer.refresh().finished_step == step
+        """Whether the log says so now of a state of this step, or of one that came from it.
+
+        Whoever goes on from a copy may stand before the end. Raises `FencedError`, `StorageError`.
+        """
+        finished = self.writer.refresh().finished_step
+        return finished is not None and finished >= step
 
     def await_finish(
         self, state: TrainState, *, seconds: float, meanwhile: Callable[[], None]
@@ -181,13 +185,19 @@ class Saves:
         self._until(look, "cannot see whether the run is finished", seconds)
 
     def take_back(self, state: TrainState, *, why: str) -> int | None:
-        """Put a checkpoint of just this state in quarantine; return the newest step left, if any.
+        """Put checkpoints of just these weights in quarantine; return the newest step left, if any.
 
-        Its weights lead to a loss that is no number: whoever went on from it would end there again.
+        They lead to a loss that is no number: whoever went on from them would end there again. In
+        steps that were skipped nothing was learnt, so their checkpoints hold the same weights.
+        Where none is left the run begins anew, from the initial weights.
         """
-        newest = self.writer.head.checkpoints[-1:]
-        if newest and newest[0].step == state.step:
-            self.writer.quarantine(newest[0], why=why)
+        since = state.step - state.skipped
+        for each in reversed(self.writer.head.checkpoints):
+            if each.step >= since:
+                self.writer.quarantine(each, why=why)
+        head = self.writer.head
+        if head.committed and not head.checkpoints:
+            self.writer.rollback(step=0, until=0, why=why)
         return self.writer.head.newest_step
 
     def roll_back(self, *, bad_step: int, why: str) -> None:

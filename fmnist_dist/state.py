@@ -83,6 +83,11 @@ class TrainState:
         """How far the state is: of two, the higher one follows from the lower one."""
         return 2 * self.step + self.evaluated
 
+    @property
+    def skipped(self) -> int:
+        """How many steps in a row, up to now, had no loss: known to whoever goes on, too."""
+        return int(self.metrics.get("skipped", 0))
+
     def advance(
         self, step: plan.Step, result: StepResult, *, durable: Durable | None = None
     ) -> None:
@@ -108,6 +113,7 @@ class TrainState:
                 train_accuracy=result.correct / result.count,
                 lr=step.lr,
                 samples=result.count,
+                **({"skipped": 0} if self.skipped else {}),
             )
             self._settle(durable)
 
@@ -118,7 +124,8 @@ class TrainState:
         with self._lock:
             self.optimizer.zero_grad(set_to_none=True)
             self._count(step, result)
-            self.measure(epoch=step.epoch, passed_over=1, samples=result.count)
+            skipped = {"skipped": self.skipped + 1} if step.learns else {}
+            self.measure(epoch=step.epoch, passed_over=1, samples=result.count, **skipped)
             self._settle(durable)
 
     def measure(self, **values: float) -> None:

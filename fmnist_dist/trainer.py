@@ -14,7 +14,7 @@ from fmnist_dist.data.split import Batch
 from fmnist_dist.desk import Desk, Prepared
 from fmnist_dist.distributed import generation, share, world
 from fmnist_dist.distributed.generation import Arrival, Meeting, PeersLeftError
-from fmnist_dist.distributed.roster import StoreKeys
+from fmnist_dist.distributed.roster import StoreKeys, StoreLostError
 from fmnist_dist.distributed.step import Outcome, ShardedStep
 from fmnist_dist.distributed.stop import StopRequest
 from fmnist_dist.distributed.transfer import TornStateError
@@ -58,13 +58,31 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the end of the run, meeting anew whenever a peer is lost."""
+        try:
+            self._train()
+        except StoreLostError as error:
+            held = self._held
+            if held is not None and held.saves.is_finished(held.state.step):
+                return  # rank 0 was done, and its launcher with it
+            raise self._alone(str(error)) from error
+
+    def _train(self) -> None:
+        best, moved_at = -2, 0.0  # the state's position, and when a generation last moved it
         while (meeting := self._meet()) is not None:
             try:
                 self._join(meeting)
             except (PeerLostError, TornStateError) as error:
                 _events.info("meeting again", why=str(error), generation=meeting.generation)
+                position = self._held.state.position if self._held is not None else -1
+                if position > best:
+                    best, moved_at = position, time.monotonic()
+                elif time.monotonic() - moved_at > limits.REGROUP_SECONDS:
+                    raise self._alone(
+                        f"no step in {limits.REGROUP_SECONDS:g} s: {error}"
+                    ) from error
             except loop.RollbackError as error:
                 self._roll_back(error)
+                best = -2
             else:
                 return
             generation.move(self._keys, failed=meeting.generation)
@@ -130,10 +148,13 @@ class Trainer:
         held = self._held
         if held is None:
             return "asked to stop before the first step: there is nothing to save"
-        held.saves.precede = sum(
-            generation.has_arrived(self._keys, generation=self._board.generation, rank=rank)
-            for rank in range(self._roster.rank)
-        )
+        try:
+            held.saves.precede = sum(
+                generation.has_arrived(self._keys, generation=self._board.generation, rank=rank)
+                for rank in range(self._roster.rank)
+            )
+        except StoreLostError:  # nobody knows who is left
+            held.saves.precede = self._roster.rank
         held.saves.secure(held.state, reason=reason, seconds=seconds)
         return f"step {held.state.step} is saved, the same command goes on"
 
@@ -151,7 +172,7 @@ class Trainer:
         def has_failed() -> bool:
             try:
                 return generation.number(self._lookout_keys) != meeting.generation
-            except RuntimeError:  # the store is gone, and with it the launch
+            except StoreLostError:
                 return True
 
         def check() -> None:
@@ -210,6 +231,10 @@ class Trainer:
         evaluate = make_evaluation(
             config, self._prepared.dataset, joined, held.state, before_waiting=before_waiting
         )
+
+        def finished() -> None:
+            board.finished = True
+
         run_step = faults.wrap("forward", step.__call__, spoil={"nan": _without_loss})
         self._say_start(held, joined)
         phases, self._desk.phases = self._desk.phases, None
@@ -237,6 +262,7 @@ class Trainer:
                     stepped=self._healing.recorder(
                         meeting, held.saves, step=held.state.step, is_main=joined.is_main
                     ),
+                    finished=faults.wrap("finish", finished),
                     peers_are_there=joined.check_peers,
                     eval_every_epochs=self._config.eval_every_epochs,
                     max_steps=self._config.max_steps,

@@ -9,7 +9,8 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -103,23 +104,43 @@ def call_roll(environ: Mapping[str, str], *, fork: Callable[[Callable[[], int]],
     )
 
 
+class StoreLostError(TransientError):
+    """The launcher's store does not answer any more: its host is gone, and with it the launch."""
+
+
 class StoreKeys:
-    """`meeting.KeyValue` and `generation.KeyValue` on a torch store: nothing here waits."""
+    """`meeting.KeyValue` and `generation.KeyValue` on a torch store: nothing here waits.
+
+    Everything raises `StoreLostError` where the store is gone.
+    """
 
     def __init__(self, store: Any) -> None:
         self._store = store
 
     def get(self, key: str) -> str | None:
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        with _naming_a_lost_store():
+            return self._store.get(key).decode() if self._store.check([key]) else None
 
     def set(self, key: str, value: str) -> None:
-        self._store.set(key, value)
+        with _naming_a_lost_store():
+            self._store.set(key, value)
 
     def check(self, keys: list[str]) -> bool:
-        return bool(self._store.check(keys))
+        with _naming_a_lost_store():
+            return bool(self._store.check(keys))
 
     def compare_set(self, key: str, expected: str, desired: str) -> str:
-        return str(self._store.compare_set(key, expected, desired).decode())
+        with _naming_a_lost_store():
+            return str(self._store.compare_set(key, expected, desired).decode())
+
+
+@contextmanager
+def _naming_a_lost_store() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # `DistError` is one, and old versions of torch raise it bare
+        what = str(error).splitlines()[0]
+        raise StoreLostError(f"the launcher's store is gone ({what})") from error
 
 
 def _client(host: str, port: int) -> dist.Store:

@@ -28,14 +28,19 @@ def fork(function: Callable[[], int], *, name: str, close: Iterable[int] = ()) -
     """Run `function` in a child, whose exit code it returns; return the child's process id.
 
     The child has a process group of its own, dies with this process, and is called `name`. It has
-    none of this process's sockets, nor the descriptors `close`.
+    none of this process's sockets, nor the descriptors `close`. Raises OSError where there is no
+    room for another process.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
     # Until the child has its own handlers, a signal to it must not run those of the keeper.
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:  # no room for another process: this one goes on as it was
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+        raise
     if child:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         return child

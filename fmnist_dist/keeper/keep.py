@@ -10,6 +10,7 @@ import gc
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from fmnist_dist import limits
 from fmnist_dist.desk import Desk, Prepared
 from fmnist_dist.distributed import generation
 from fmnist_dist.distributed.generation import Lost
-from fmnist_dist.distributed.roster import StoreKeys
+from fmnist_dist.distributed.roster import StoreKeys, StoreLostError
 from fmnist_dist.distributed.stop import SIGNALS
 from fmnist_dist.errors import ExitCode
 from fmnist_dist.handover.board import Board
@@ -30,11 +31,13 @@ from fmnist_dist.keeper.fork import fork
 from fmnist_dist.keeper.rescue import rescue
 from fmnist_dist.keeper.spare import Spare
 from fmnist_dist.keeper.watchdog import Action, StepLimit, Verdict, Watch, judge
+from fmnist_dist.opening import noting_failures
 from fmnist_dist.telemetry.events import EventLog
 from fmnist_dist.telemetry.phases import Phases
 
 STACKS_SIGNAL = signal.SIGUSR2  # a trainer prints the stacks of its threads
 _STACKS_SECONDS = 1.0  # for printing them
+_STDERR = 2  # the descriptor: whatever `sys.stderr` has become
 _INTERRUPTED = 130  # as a shell has it
 # A trainer that ends so has said why; another one would end in the same way, or has nothing to do.
 _SAID = {int(code) for code in ExitCode} - {int(ExitCode.BUG)} | {_INTERRUPTED}
@@ -46,7 +49,8 @@ def keep(prepared: Prepared, train: Callable[[Desk], int], phases: Phases) -> in
     """Have trainers train, one after the other, until the run's end; return the exit code."""
     with _listening() as listening:
         keeper = Keeper(prepared, train, listening)
-        return keeper.run(phases)
+        with noting_failures(prepared.root, keeper.board):
+            return keeper.run(phases)
 
 
 class Keeper:
@@ -61,7 +65,7 @@ class Keeper:
         self._rank = prepared.roster.rank
         self._config = prepared.launch.config
         self._keys = StoreKeys(prepared.roster.connect())
-        self._board = Board.create()
+        self.board = Board.create()
         self._slots = Slots.create()
         self._deaths = Deaths()
         self._interrupts = 0
@@ -76,25 +80,35 @@ class Keeper:
     def run(self, phases: Phases) -> int:
         gc.collect()
         gc.freeze()  # what a collection does not touch stays shared with the trainers
-        desk = Desk(board=self._board, slots=self._slots, phases=phases)
+        desk = Desk(board=self.board, slots=self._slots, phases=phases)
         trainer = self._fork(desk)
         while True:
             status = self._watch(trainer)
             died_at = time.monotonic()
-            code = self._end(status)
-            if code is not None:
-                self._say_left(code)
-                return code
-            reason = self._killed_for or cause_of(status)[0]
             try:
-                # Before the fork: nobody may meet the successor where the dead one had arrived.
-                generation.move(self._keys, failed=self._board.generation)
-            except RuntimeError as error:
-                _events.error("the launcher's store is gone", why=str(error))
-                return ExitCode.TRANSIENT
-            lost = Lost(reason=reason, reached=self._board.step, seconds=0.0)
-            trainer = self._replace(lost, died_at)
-            _events.warning("worker lost, a new one takes its place", why=reason)
+                code = self._end(status)
+                if code is None:
+                    trainer = self._heal(status, died_at)
+                    continue
+            except (StoreLostError, OSError) as error:
+                code = ExitCode.TRANSIENT
+                _events.error("worker lost, and no new one can start", why=str(error))
+                with contextlib.suppress(OSError):  # no room for a process
+                    self._rescue("survivor", limits.RESCUE_SECONDS)
+            self._say_left(code)
+            return code
+
+    def _heal(self, status: int, died_at: float) -> int:
+        """Return the process that trains in a dead one's place."""
+        reason = self._killed_for or cause_of(status)[0]
+        # Before the fork: nobody may meet the successor where the dead one had arrived.
+        generation.move(self._keys, failed=self.board.generation)
+        trainer = self._replace(Lost(reason=reason, reached=self.board.step, seconds=0.0), died_at)
+        _events.warning("worker lost, a new one takes its place", why=reason)
+        return trainer
+
+    def _rescue(self, reason: str, seconds: float) -> bool:
+        return rescue(self._prepared, self.board, self._slots, reason=reason, seconds=seconds)
 
     def _replace(self, lost: Lost, died_at: float) -> int:
         """Return the process that takes a dead trainer's place: the spare, or a new fork."""
@@ -109,13 +123,13 @@ class Keeper:
         return fork(partial(self._be_trainer, desk), name="fmnist-trainer", close=self._pipe)
 
     def _begin(self) -> None:
-        self._board.renew()
+        self.board.renew()
         self._killed_for = self._told_at = None
-        self._forked_at = self._board.step
+        self._forked_at = self.board.step
 
     def _desk(self, lost: Lost, died_at: float) -> Desk:
         return Desk(
-            board=self._board,
+            board=self.board,
             slots=self._slots,
             lost=lost,
             died_at=died_at,
@@ -124,7 +138,7 @@ class Keeper:
 
     def _rehearse(self) -> Callable[[Lost, float], int]:
         """Prepare, in a spare, what every trainer needs; return how it becomes one."""
-        state = rehearse(self._prepared, self._board)
+        state = rehearse(self._prepared, self.board)
 
         def be_trainer(lost: Lost, died_at: float) -> int:
             desk = self._desk(lost, died_at)
@@ -134,13 +148,13 @@ class Keeper:
         return be_trainer
 
     def _be_trainer(self, desk: Desk) -> int:
-        faulthandler.register(STACKS_SIGNAL, all_threads=True)
+        faulthandler.register(STACKS_SIGNAL, file=_STDERR, all_threads=True)
         return self._train(desk)
 
     def _watch(self, trainer: int) -> int:
         """Return the wait status of the trainer, when it has ended."""
-        watch = Watch(self._board, now=time.monotonic())
-        if self._board.draining:
+        watch = Watch(self.board, now=time.monotonic())
+        if self.board.draining:
             os.kill(trainer, signal.SIGTERM)
         while True:
             select.select([self._pipe[0]], [], [], limits.KEEPER_SECONDS)
@@ -149,11 +163,19 @@ class Keeper:
             if done:
                 return status
             if self._killed_for is None:
-                self._look(trainer, watch)
-            if self._spare is None and self._board.step > self._forked_at:
-                self._spare = Spare(self._rehearse, close=self._pipe)
-            if self._board.draining and time.monotonic() > self._kill_at():
+                with contextlib.suppress(StoreLostError):  # the trainer sees it, saves, and ends
+                    self._look(trainer, watch)
+            if self._spare is None and self.board.step > self._forked_at:
+                self._prepare_spare()
+            if self.board.draining and time.monotonic() > self._kill_at():
                 self._kill(trainer, "it did not stop in time")
+
+    def _prepare_spare(self) -> None:
+        try:
+            self._spare = Spare(self._rehearse, close=self._pipe)
+        except OSError as error:  # training needs none: this trainer goes on without
+            self._forked_at = sys.maxsize
+            _events.warning("no room for a spare worker", why=str(error))
 
     def _hear(self, trainer: int) -> None:
         """Pass a wish to stop on to the trainer: nobody else does."""
@@ -163,11 +185,11 @@ class Keeper:
             return
         for number in numbers:
             self._interrupts += number == signal.SIGINT
-            if number not in SIGNALS or self._board.draining:
+            if number not in SIGNALS or self.board.draining:
                 continue
-            self._board.drain_signal = number
-            self._board.drain_deadline = time.monotonic() + self._config.drain_seconds
-            self._board.draining = True
+            self.board.drain_signal = number
+            self.board.drain_deadline = time.monotonic() + self._config.drain_seconds
+            self.board.draining = True
             os.kill(trainer, signal.SIGTERM)
         if self._interrupts > 1:
             self._kill(trainer, "interrupted twice")
@@ -175,14 +197,14 @@ class Keeper:
     def _kill_at(self) -> float:
         """Return when a drain ends: what is left then is for saving in the trainer's place."""
         reserve = min(limits.KILL_SECONDS, self._config.drain_seconds / 4)
-        return self._board.drain_deadline - reserve
+        return self.board.drain_deadline - reserve
 
     def _look(self, trainer: int, watch: Watch) -> None:
         reading = watch.look(now=time.monotonic(), stopped=_is_stopped(trainer))
         limit = StepLimit(
-            configured=self._config.step_timeout, step_seconds=self._board.step_seconds
+            configured=self._config.step_timeout, step_seconds=self.board.step_seconds
         )
-        now_in = (self._board.generation, reading.collectives)
+        now_in = (self.board.generation, reading.collectives)
         if self._told_in != now_in:
             self._told_at = None
         told = None if self._told_at is None else time.monotonic() - self._told_at
@@ -211,20 +233,20 @@ class Keeper:
             case Action.REGROUP if self._told_at is None:
                 _events.warning("nobody is behind: all meet again", why=found.reason)
                 self._told_at, self._told_in = time.monotonic(), now_in
-                generation.move(self._keys, failed=self._board.generation)
+                generation.move(self._keys, failed=self.board.generation)
             case _:
                 pass
 
     def _report(self, number: str) -> None:
         """Tell the other keepers in which collective this trainer waits; "": in none any more."""
-        key = self._reported or f"stuck/{self._board.generation}/{self._rank}"
+        key = self._reported or f"stuck/{self.board.generation}/{self._rank}"
         self._keys.set(key, number)
         self._reported = key if number else None
 
     def _reports(self) -> dict[int, int]:
         found: dict[int, int] = {}
         for rank in range(self._prepared.roster.size):
-            text = self._keys.get(f"stuck/{self._board.generation}/{rank}")
+            text = self._keys.get(f"stuck/{self.board.generation}/{rank}")
             if text:
                 found[rank] = int(text)
         return found
@@ -245,36 +267,30 @@ class Keeper:
         """Return the exit code to end with, or None: another trainer is to go on."""
         if os.WIFEXITED(status) and (code := os.WEXITSTATUS(status)) in _SAID:
             return code
-        if self._board.finished:
+        if self.board.finished:
             return ExitCode.FINISHED
         if self._interrupts > 1:
             return _INTERRUPTED
-        if self._board.draining:
-            left = max(limits.KILL_SECONDS, self._board.drain_deadline - time.monotonic())
-            is_safe = rescue(self._prepared, self._board, self._slots, reason="drain", seconds=left)
-            return ExitCode.DRAINED if is_safe or self._board.step <= 0 else ExitCode.TRANSIENT
+        if self.board.draining:
+            left = max(limits.KILL_SECONDS, self.board.drain_deadline - time.monotonic())
+            is_safe = self._rescue("drain", left)
+            return ExitCode.DRAINED if is_safe or self.board.step <= 0 else ExitCode.TRANSIENT
         return self._consider(status)
 
     def _consider(self, status: int) -> int | None:
         """Tell a crash loop from a kill, and a checkpoint that crashes whoever restores it."""
         cause, own_fault = cause_of(status)
-        section, _ = self._board.where()
+        section, _ = self.board.where()
         death = Death(
-            step=self._board.step,
+            step=self.board.step,
             section=section,
-            cause=self._killed_for or self._board.error or cause,
+            cause=self._killed_for or self.board.error or cause,
             own_fault=own_fault or self._killed_for is not None,
-            restoring=self._board.restoring if self._board.restoring >= 0 else None,
+            restoring=self.board.restoring if self.board.restoring >= 0 else None,
         )
         match self._deaths.add(death):
             case GiveUp(why):
-                rescue(
-                    self._prepared,
-                    self._board,
-                    self._slots,
-                    reason="survivor",
-                    seconds=limits.RESCUE_SECONDS,
-                )
+                self._rescue("survivor", limits.RESCUE_SECONDS)
                 _events.error(
                     f"no progress: {why}; a restart would end in the same way, see the lines above",
                     exit_code=int(ExitCode.NO_PROGRESS),
@@ -289,7 +305,7 @@ class Keeper:
         return None
 
     def _say_left(self, code: int) -> None:
-        with contextlib.suppress(RuntimeError):  # nobody is left to be told
+        with contextlib.suppress(StoreLostError):  # nobody is left to be told
             generation.leave(self._keys, rank=self._rank, reason=f"exit code {code}")
 
 

@@ -24,8 +24,11 @@ class Spare:
         *,
         close: Iterable[int],
     ) -> None:
-        """Fork it. `rehearse` runs there at once; what it returns runs when the spare is called."""
-        readable, self._writable = os.pipe2(os.O_CLOEXEC)
+        """Fork it. `rehearse` runs there at once; what it returns runs when the spare is called.
+
+        Raises OSError where there is no room for another process.
+        """
+        readable, writable = os.pipe2(os.O_CLOEXEC)
 
         def wait_for_call() -> int:
             be_trainer = rehearse()
@@ -36,15 +39,26 @@ class Spare:
             lost, died_at = json.loads(told)
             return be_trainer(Lost(**lost), died_at)
 
-        self.process = fork(wait_for_call, name="fmnist-spare", close=(*close, self._writable))
-        os.close(readable)
+        try:
+            self.process = fork(wait_for_call, name="fmnist-spare", close=(*close, writable))
+        except OSError:
+            os.close(writable)
+            raise
+        finally:
+            os.close(readable)
+        self._writable = writable
 
     def call(self, lost: Lost, *, died_at: float) -> bool:
         """Make it the trainer; False if it is gone."""
-        gone, _ = os.waitpid(self.process, os.WNOHANG)
-        if gone:
-            os.close(self._writable)
+        told = json.dumps([asdict(lost), died_at]).encode()
+        try:
+            gone, _ = os.waitpid(self.process, os.WNOHANG)
+            if gone:
+                return False
+            os.write(self._writable, told)
+        except BrokenPipeError:  # killed since
+            os.waitpid(self.process, 0)
             return False
-        os.write(self._writable, json.dumps([asdict(lost), died_at]).encode())
-        os.close(self._writable)
+        finally:
+            os.close(self._writable)
         return True
