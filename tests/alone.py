@@ -7,18 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Self
 
 from in_process import clean_environ
-from jobs import LIMIT_SECONDS, ROOT, alive, wait_for
+from jobs import LIMIT_SECONDS, ROOT, alive, reached, wait_for
+
+from fmnist_dist.checkpoint.hint import read_hints
 
 FLAGS = ["--batch-size=64", "--save-every-seconds=none", "--device=cpu"]
 
 
 class Alone:
-    """One `python -m train_small`; stdout and stderr go to one file."""
+    """One `python -m train_small`; stdout and stderr go to one file. Killed when left."""
 
     def __init__(self, run: Path, *flags: str, **environ: str) -> None:
         self.run = run
+        self.before = reached(run)[0]  # the attempts that there were
         self.log = run.parent / f"{run.name}-{len(list(run.parent.iterdir()))}.log"
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         with self.log.open("w") as output:
@@ -31,8 +35,28 @@ class Alone:
                 start_new_session=True,
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()  # the trainer follows
+        self.process.wait()
+
     def text(self) -> str:
         return self.log.read_text()
+
+    def await_steps(self, number: int) -> None:
+        """Wait until this launch has finished so many steps of its own."""
+
+        def there() -> bool:
+            assert self.process.poll() is None, self.text()[-5000:]
+            attempt, last = reached(self.run)
+            return attempt > self.before and last >= self.first_step() + number
+
+        wait_for(there, f"{number} steps")
+
+    def first_step(self) -> int:
+        return read_hints(self.run)[self.before + 1].first_step
 
     def trainer(self) -> int:
         """Return the living trainer."""

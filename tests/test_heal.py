@@ -228,6 +228,18 @@ def test_once_the_run_is_finished_a_keeper_exits_0_however_its_trainer_ends(tmp_
         assert files_of_newest(run.root) == files_of_newest(again.root)
 
 
+def test_a_bit_that_flips_in_one_ranks_memory_is_found_and_never_saved(tmp_path: Path) -> None:
+    end = "--max-steps=8"
+    code, text = Alone(tmp_path / "undisturbed", end).end()
+    assert code == 0, text
+    run = tmp_path / "run"
+    text, _ = faulty_job(run, "update:corrupt:5@1", end, "--save-every-steps=2")
+    assert "the ranks hold different states" in text, text
+    assert 'checkpoint="step 4"' in text
+    assert len(show(run)["attempts"]) == 2
+    assert files_of_newest(run) == files_of_newest(tmp_path / "undisturbed")
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

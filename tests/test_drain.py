@@ -1,0 +1,150 @@
+"""A wish to stop: whenever it comes, the last finished step is durable, the next launch goes on.
+
+Launches without torchrun, so that the exit code is the keeper's own. Each goes on with the run of
+the one before: that is the proof that the one before has lost nothing.
+"""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+from alone import FLAGS, Alone
+from jobs import Job, alive, reached, show, wait_for, wait_for_step
+from run_files import assert_sound, checkpoints
+from running import running
+
+from fmnist_dist.errors import ExitCode
+
+COPY_AGE = 5  # steps: the keeper's copy is made as often as that costs next to nothing
+INTERRUPTED = 130
+LAST_STEP = 110  # not the end of an epoch: the final save is the only one
+LONG = ("--epochs=500", "--eval-every-epochs=499")
+SHARDS = 8  # calls of the point `data` in a step
+HANG = {"FMNIST_DIST_FAULTS": f"data:hang:{4 * SHARDS}"}  # in the fourth step of a launch
+
+
+def drained(job: Alone, number: int = signal.SIGTERM, *, to: int | None = None) -> float:
+    """Send a signal, and see the launch end with its last step saved; return the seconds."""
+    began = time.monotonic()
+    os.kill(to or job.process.pid, number)
+    return ended_drained(job, began)
+
+
+def ended_drained(job: Alone, began: float, *, age: int = 0) -> float:
+    """See it end with the last step saved, or one at most `age` steps older."""
+    code, text = job.end()
+    seconds = time.monotonic() - began
+    assert code == ExitCode.DRAINED, (code, text[-5000:])
+    attempt, last = reached(job.run)
+    assert attempt == job.before + 1
+    saved = checkpoints(job.run)[-1].step
+    assert job.first_step() < saved <= last <= saved + age
+    return seconds
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal has been sent to a process that has not taken it yet."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", status, re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP a process, seen stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{pid}/stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "a stopped process")
+
+
+def loads_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def assert_nothing_was_lost(run: Path, *, but: tuple[int, ...] = ()) -> None:
+    """Each attempt but those of some numbers was gone on from its last step."""
+    assert_sound(run)
+    lost = [each["lost_steps"] for each in show(run)["attempts"]]
+    assert {n for place, n in enumerate(lost[:-1], start=1) if place not in but} == {0}, lost
+
+
+def test_every_signal_at_any_time_stops_a_launch_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Alone(run, *LONG) as job:  # while it imports torch
+        wait_for(lambda: loads_torch(job.process.pid), "torch to be imported")
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.process.wait(60) == ExitCode.DRAINED, job.text()
+        assert "Traceback" not in job.text()
+    assert reached(run) == (0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        with Alone(run, *LONG) as job:
+            job.await_steps(3)
+            drained(job, number)
+    with Alone(run, *LONG) as job:
+        job.await_steps(3)
+        drained(job, to=job.trainer())
+    with Alone(run, *LONG, **HANG) as job:  # this one leaves at once: steps may be lost
+        job.await_text("fault: hang at data")
+        os.kill(job.process.pid, signal.SIGINT)
+        wait_for(lambda: not is_pending(job.process.pid, signal.SIGINT), "the first SIGINT")
+        os.kill(job.process.pid, signal.SIGINT)
+        assert job.process.wait(60) == INTERRUPTED, job.text()
+    assert_nothing_was_lost(run)
+    assert len(show(run)["attempts"]) == 5
+
+
+def test_a_drain_during_an_evaluation_or_a_save_loses_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for flags, point in (
+        (("--epochs=500", "--eval-every-epochs=1"), "evaluate"),
+        ((*LONG, "--save-every-steps=5"), "save"),
+    ):
+        with Alone(run, *flags, FMNIST_DIST_FAULTS=f"{point}:slow=2:1") as job:
+            job.await_text(f"fault: slow at {point}")
+            assert drained(job) < 20
+    slow = {"FMNIST_DIST_FAULTS": "save:slow=2:1"}
+    with Alone(run, *LONG, f"--max-steps={LAST_STEP}", **slow) as job:
+        job.await_text("fault: slow at save")
+        assert reached(run)[1] == LAST_STEP  # the final one
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.process.wait(60) == 0, job.text()  # it was at the end, and is
+    assert checkpoints(run)[-1].step == LAST_STEP
+    assert_nothing_was_lost(run)
+
+
+def test_a_drain_does_not_need_the_main_thread_nor_the_trainer(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Alone(run, *LONG, "--drain-seconds=4", **HANG) as job:
+        job.await_text("fault: hang at data")
+        assert drained(job) < 4 + 2
+        assert "others do not answer" in job.text()  # the lookout's words
+    with Alone(run, *LONG) as job:
+        job.await_steps(3)
+        trainer = job.trainer()
+        stop(trainer)  # so that it cannot end by itself, and the keeper's signal is seen waiting
+        began = time.monotonic()
+        os.kill(job.process.pid, signal.SIGTERM)
+        wait_for(lambda: is_pending(trainer, signal.SIGTERM), "the keeper to drain")
+        os.kill(trainer, signal.SIGKILL)
+        wait_for(lambda: not alive(trainer), "the trainer to be dead")
+        assert ended_drained(job, began, age=COPY_AGE) < 20
+        assert "saved from the keeper's memory" in job.text()
+    with Alone(run, *LONG) as job:
+        job.await_steps(1)
+        drained(job)
+    assert_nothing_was_lost(run, but=(2,))  # saved from the copy
+
+
+def test_a_rank_is_drained_in_time_beside_one_that_is_stopped(tmp_path: Path) -> None:
+    flags = [*FLAGS, *LONG, "--drain-seconds=6"]
+    with running(Job(tmp_path / "run", flags, max_restarts=0, module="train_small")) as job:
+        wait_for_step(job, 5)
+        keeper = job.keeper_pids()[0]
+        stop(job.trainer_pids()[1])
+        began = time.monotonic()
+        os.kill(keeper, signal.SIGTERM)
+        wait_for(lambda: not alive(keeper), "the drained keeper to end")
+        assert time.monotonic() - began < 6 + 1
+        assert checkpoints(job.run)[-1].step == reached(job.run)[1] >= 5
+    assert_sound(job.run)
