@@ -22,22 +22,30 @@ from cyclopts import App, Parameter
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
-from fmnist_dist.errors import UsageError
+from fmnist_dist.errors import ExitCode, UsageError
 from fmnist_dist.usage import columns, run_app
 from launch.launched import HangError, Launched, kill, reached, state
 
 _USAGE = 64
+_FENCED = f"exit_code={int(ExitCode.FENCED)}"
 
-# What happens, how often, and whether anybody is left, or told, who can save the last step.
+# What happens, and how often.
 FAULTS = {
-    "kill a trainer": (5, True),
-    "kill all trainers": (2, False),  # their keepers hold a copy that may be a step or two old
-    "kill a keeper": (3, True),
-    "kill the agent": (2, False),
-    "term a trainer": (1, True),
-    "term a keeper": (1, True),
-    "term the agent": (2, True),
-    "stop a trainer": (2, True),
+    "kill a trainer": 5,
+    "kill all trainers": 2,
+    "kill a keeper": 3,
+    "kill the agent": 2,
+    "term a trainer": 1,
+    "term a keeper": 1,
+    "term the agent": 2,
+    "stop a trainer": 2,
+    "freeze the launch": 2,  # another one takes its place; then it goes on, too late
+}
+_NUMBERS = {
+    "kill": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "stop": signal.SIGSTOP,
+    "freeze": signal.SIGSTOP,
 }
 
 
@@ -50,6 +58,12 @@ class Struck:
     workers: int
     level: str  # healed | restarted | launched anew
     seconds: float  # to the next finished step
+
+    @property
+    def leaves_nobody(self) -> bool:
+        """Whether all that held the newest state ended at once, and without notice."""
+        alone = self.workers == 1 and self.what == "kill a keeper"
+        return alone or self.what in {"kill the agent", "freeze the launch"}
 
     def line(self, number: int) -> str:
         return (
@@ -75,8 +89,7 @@ class Drill:
 
     def strike(self) -> Struck | None:
         """Do one fault at a random moment; None if the training ended before."""
-        names = [name for name, (weight, _) in FAULTS.items() for _ in range(weight)]
-        what = self._draw.choice(names)
+        (what,) = self._draw.choices(list(FAULTS), weights=list(FAULTS.values()))
         steps = self._draw.randrange(1, 6)
         attempt, step = reached(self.run)
         job = self.job
@@ -84,30 +97,43 @@ class Drill:
         time.sleep(self._draw.random() * 0.2)
         victims = self._victims(what)
         before, began = reached(self.run), time.monotonic()
-        number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}[what[:4]]
-        hit = [process for process in victims if kill(process, number)]
+        hit = [process for process in victims if kill(process, _NUMBERS[what.split()[0]])]
         if not hit:
             return None if job.has_ended else self.strike()
         if what.startswith("kill"):
             job.wait_for(lambda: all(state(each) in {"", "Z", "X"} for each in hit), "the deaths")
         if what.endswith("agent"):
-            job.wait_for(lambda: job.has_ended, "the agent's end")
+            job.await_end("the agent's end")
             time.sleep(0.1)  # its workers die with it; a fenced one would do no harm
+            self.job = self._launch()
+        elif what.startswith("freeze"):
+            job.wait_for(lambda: all(state(each) in {"T", ""} for each in hit), "the stops")
             self.job = self._launch()
         before = max(before, reached(self.run))
         restarts = what.startswith("term") or not what.endswith(("trainer", "trainers"))
         self._await_next(before, restarts=restarts)
+        seconds = time.monotonic() - began
         if what.startswith("stop"):
             self.job.wait_for(lambda: all(state(each) != "T" for each in hit), "its replacement")
-        now = reached(self.run)
-        level = "launched anew" if what.endswith("agent") else "restarted"
+        elif what.startswith("freeze"):
+            self._thaw(job, hit)
+        level = "launched anew" if job is not self.job else "restarted"
         return Struck(
             what=what,
             at_step=before[1],
             workers=job.workers,
-            level="healed" if now[0] == before[0] else level,
-            seconds=time.monotonic() - began,
+            level="healed" if reached(self.run)[0] == before[0] else level,
+            seconds=seconds,
         )
+
+    def _thaw(self, job: Launched, frozen: list[int]) -> None:
+        """Let a launch go on that another one has replaced: it must find that out, and end."""
+        said = job.log.read_text().count(_FENCED)
+        for process in frozen:
+            kill(process, signal.SIGCONT)
+        job.await_end("the end of the replaced launch")
+        if job.log.read_text().count(_FENCED) == said:
+            raise HangError(f"the replaced launch ended, but not as fenced:\n{job.tail()}")
 
     def _await_next(self, before: tuple[int, int], *, restarts: bool) -> None:
         """Wait for a step of a later attempt, or, where none is due, past the same one's last."""
@@ -124,6 +150,8 @@ class Drill:
     def _victims(self, what: str) -> list[int]:
         if what.endswith("agent"):
             return [] if self.job.has_ended else [self.job.agent.pid]
+        if what.endswith("launch"):
+            return [] if self.job.has_ended else self.job.processes()
         found = self.job.keepers() if what.endswith("keeper") else self.job.trainers()
         if not found or " all " in what:
             return found
@@ -165,7 +193,7 @@ def drill(
     subject: Drill | None = None
     problems: list[str] = []
     try:
-        calm.wait_for(lambda: calm.has_ended, "the undisturbed training")
+        calm.await_end("the undisturbed training")
         print(f"disturbed: {faults} faults, schedule of seed {seed}", flush=True)
         subject = Drill(folder, common, seed=seed, worlds=worlds)
         while len(struck) < faults:
@@ -194,7 +222,7 @@ def _finish(subject: Drill) -> None:
     """Let the training end, launching it again where it was the last fault that ended it."""
     for _ in range(3):
         job = subject.job
-        job.wait_for(lambda job=job: job.has_ended, "the end of the training")
+        job.await_end("the end of the training")
         if show(subject.run)["status"] == "finished":
             return
         subject.job = subject._launch()  # noqa: SLF001 - one piece with `Drill`
@@ -218,10 +246,10 @@ def judge(folder: Path, struck: list[Struck], *, faults: int) -> list[str]:
     if proof.returncode:
         problems.append(f"the ledger: {proof.stdout or proof.stderr}")
     story = stories[disturbed]
-    silent = sum(each.what == "kill the agent" for each in struck)
+    silent = sum(each.leaves_nobody for each in struck)
     without = sum(1 for each in story["attempts"] if each["lost_steps"])
     if without > silent:
-        problems.append(f"{without} attempts lost steps, {silent} agents were killed")
+        problems.append(f"{without} attempts lost steps, {silent} ended with nobody left or told")
     alone = any(each.what == "kill all trainers" or each.workers == 1 for each in struck)
     lost = sum(each["lost_steps"] for each in story["heals"])
     if lost and not alone:

@@ -49,6 +49,13 @@ class Launched:
     def trainers(self) -> list[int]:
         return [each for keeper in self.keepers() for each in _children(keeper, "fmnist-trainer")]
 
+    def processes(self) -> list[int]:
+        """Return the agent and all that it has started, trainers' spares among them."""
+        found = [self.agent.pid]
+        for process in found:
+            found += _children(process)
+        return found
+
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
         """Return what `condition` returns once it is true. Raises `HangError`."""
         deadline = time.monotonic() + LIMIT_SECONDS
@@ -57,6 +64,9 @@ class Launched:
                 raise HangError(f"waited {LIMIT_SECONDS:g} s for {what}:\n{self.tail()}")
             time.sleep(_POLL_SECONDS)
         return value
+
+    def await_end(self, what: str) -> None:
+        self.wait_for(lambda: self.has_ended, what)
 
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
@@ -95,14 +105,14 @@ def state(process: int) -> str:
         return ""
 
 
-def _children(parent: int, name: str) -> list[int]:
+def _children(parent: int, name: str | None = None) -> list[int]:
     found = []
     try:
         tasks = list(Path(f"/proc/{parent}/task").iterdir())
         for task in tasks:
             for child in (task / "children").read_text().split():
                 comm = Path(f"/proc/{child}/comm").read_text().strip()
-                if comm == name and state(int(child)) != "Z":
+                if name in {None, comm} and state(int(child)) != "Z":
                     found.append(int(child))
     except OSError:  # ended while it was looked at
         pass

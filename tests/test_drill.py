@@ -59,7 +59,7 @@ def story(**changed: Any) -> dict[str, Any]:
         ({"story": story(status="running")}, "is running, not finished"),
         ({"bits": "other"}, "the bits differ"),
         ({"ledger": 65}, "the ledger"),
-        ({"story": story(attempts=[{"lost_steps": 3}])}, "1 attempts lost steps, 0 agents"),
+        ({"story": story(attempts=[{"lost_steps": 3}])}, "1 attempts lost steps, 0 ended"),
         ({"story": story(heals=[{"lost_steps": 1}])}, "heals lost 1 steps"),
         ({}, None),
     ],
