@@ -6,6 +6,8 @@ An exit code says whose fault it was, so that torchrun, the agent in `launch/` a
 
 from enum import IntEnum
 
+INTERRUPTED = 130  # the exit code after a second SIGINT, as a shell has it
+
 
 class ExitCode(IntEnum):
     """Every exit code of every command of this package."""

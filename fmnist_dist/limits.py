@@ -15,11 +15,18 @@ TOLD_SECONDS = 300.0  # what rank 0 tells the others: it may be checking a large
 FAREWELL_SECONDS = 5.0  # rank 0 waits so long for the others to have heard why it leaves
 COLLECTIVE_SECONDS = 1800.0  # last resort: keepers find who is stuck long before
 SECURE_SECONDS = 2.0  # a rank lets the ones before it save the state that all hold
-POLL_SECONDS = 0.0005  # between two looks at the store, while an answer is expected at once
-LAZY_POLL_SECONDS = 0.01  # after a second of that
+LAZY_POLL_SECONDS = 0.01  # between two looks at something that may take long
+ROLL_CALL_POLL_SECONDS = 0.005  # of keepers at the store
 LOOKOUT_SECONDS = 0.1  # between two looks of a trainer's second thread
 KEEPER_SECONDS = 0.2  # between two looks of a keeper at its trainer
 KILL_SECONDS = 1.0  # what a keeper keeps of a drain's time: to kill, and to save in its place
 RESCUE_SECONDS = 30.0  # saving from the keeper's memory
 SAVE_RETRY_SECONDS = 5.0  # after a save that failed; storage that is full stays so for a while
-STUCK_REPORT_SECONDS = 5.0  # keepers that all wait compare collectives for so long
+
+
+def poll_seconds(waited: float) -> float:
+    """Return the pause between two looks at the store after so many seconds of waiting for it.
+
+    An answer is expected at once; later it may take long, and the store has others to serve.
+    """
+    return 0.0005 if waited < 1 else LAZY_POLL_SECONDS

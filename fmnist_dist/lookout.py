@@ -17,14 +17,13 @@ from typing import NoReturn
 from fmnist_dist import limits
 from fmnist_dist.distributed.stop import StopRequest
 from fmnist_dist.distributed.world import World
-from fmnist_dist.errors import ExitCode, FmnistDistError
+from fmnist_dist.errors import INTERRUPTED, ExitCode, FmnistDistError
 from fmnist_dist.handover.board import Board, Section
 from fmnist_dist.telemetry.events import EventLog
 
 _PATIENCE = 0.5  # share of a drain's time that all ranks have to stop together
 # There the main thread hears of the wish by itself, or is in storage, as any thread would be.
 _ENDS_BY_ITSELF = {Section.MEETING, Section.SAVE, Section.FINISH}
-_INTERRUPTED = 130  # as a shell has it
 
 _events = EventLog("fmnist_dist.lookout")
 
@@ -85,7 +84,7 @@ class Lookout:
         if self._stop.num_interrupts > 1:
             time.sleep(limits.LOOKOUT_SECONDS)  # the main thread ends by itself, if it can
             if not self._closing.is_set():
-                _leave(_INTERRUPTED)
+                _leave(INTERRUPTED)
         if self._stop.since is not None:
             deadline = self._board.drain_deadline or self._stop.since + self._drain_seconds
             patience = self._stop.since + _PATIENCE * (deadline - self._stop.since)

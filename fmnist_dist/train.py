@@ -13,7 +13,14 @@ from fmnist_dist import settings
 from fmnist_dist.checkpoint.disk import disk_from
 from fmnist_dist.distributed.process import die_with_parent, end_launcher, name_process
 from fmnist_dist.distributed.stop import leaving_at_once
-from fmnist_dist.errors import Drained, ExitCode, FmnistDistError, PeerFailedError, UsageError
+from fmnist_dist.errors import (
+    INTERRUPTED,
+    Drained,
+    ExitCode,
+    FmnistDistError,
+    PeerFailedError,
+    UsageError,
+)
 from fmnist_dist.faults import FAULTS_VARIABLE, Faults
 from fmnist_dist.handover.board import Board
 from fmnist_dist.settings import Launch
@@ -131,8 +138,9 @@ def _code_of(action: Callable[[], int]) -> int:
         _events.error(str(error), exit_code=int(error.exit_code))
         return error.exit_code
     except KeyboardInterrupt:
-        _events.error("interrupted: steps since the newest checkpoint are lost", exit_code=130)
-        return 130
+        said = "interrupted: steps since the newest checkpoint are lost"
+        _events.error(said, exit_code=INTERRUPTED)
+        return INTERRUPTED
     except Exception:  # noqa: BLE001 - the entry point: the last one who can tell
         _events.exception("a bug: please report it with this traceback")
         return ExitCode.BUG

@@ -113,7 +113,7 @@ class Trainer:
                     raise PeersLeftError({})
             if now - began > limit:
                 raise self._alone(f"no word of the other ranks for {limit:g} s")
-            time.sleep(limits.POLL_SECONDS if now - began < 1 else limits.LAZY_POLL_SECONDS)
+            time.sleep(limits.poll_seconds(now - began))
 
         def announce(number: int) -> None:
             self._board.generation = number

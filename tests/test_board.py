@@ -22,14 +22,9 @@ LONG_AGO_SECONDS = 1000
 def test_a_fresh_board_says_that_nothing_is_known_yet() -> None:
     board = Board.create()
     assert board.where()[0] is Section.START
-    assert (board.generation, board.step, board.durable_step, board.collectives) == (0, -1, -1, 0)
+    assert (board.generation, board.step, board.collectives) == (0, -1, 0)
     assert (board.visits, board.step_seconds, board.restoring) == (0, 0, -1)
-    assert (board.finished, board.draining, board.drain_deadline, board.drain_signal) == (
-        False,
-        False,
-        0,
-        0,
-    )
+    assert (board.finished, board.draining, board.drain_deadline) == (False, False, 0)
     assert (board.resumption, board.error) == (None, None)
     assert board.beat_age() < 60
 
@@ -40,7 +35,7 @@ def test_the_keeper_reads_what_its_trainer_wrote_before_it_was_killed() -> None:
     def trainer() -> None:
         board.enter(Section.DATA)
         board.enter(Section.COLLECTIVE)
-        board.generation, board.step, board.durable_step = 3, 17, 12
+        board.generation, board.step = 3, 17
         board.collectives += 5
         board.finished = True
         board.step_took(0.25)
@@ -51,7 +46,7 @@ def test_the_keeper_reads_what_its_trainer_wrote_before_it_was_killed() -> None:
     assert os.WTERMSIG(status_of(trainer)) == signal.SIGKILL
     assert (board.section, board.visits) == (Section.COLLECTIVE, 2)
     assert 0 <= board.section_seconds() < 60
-    assert (board.generation, board.step, board.durable_step, board.collectives) == (3, 17, 12, 5)
+    assert (board.generation, board.step, board.collectives) == (3, 17, 5)
     assert (board.finished, board.step_seconds) == (True, 0.25)
     assert (board.resumption, board.error) == ('{"epoch": 1}', "NaN")
 
@@ -62,11 +57,11 @@ def test_a_trainer_reads_what_its_keeper_wrote_after_the_fork() -> None:
 
     def trainer() -> None:
         os.read(seen, 1)
-        assert (board.draining, board.drain_deadline, board.drain_signal) == (True, 1e9, 15)
+        assert (board.draining, board.drain_deadline) == (True, 1e9)
 
     os.set_inheritable(seen, True)
     with running_child(trainer) as pid:
-        board.draining, board.drain_deadline, board.drain_signal = True, 1e9, 15
+        board.draining, board.drain_deadline = True, 1e9
         os.write(told, b"x")
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert ended is not None
@@ -194,7 +189,7 @@ def test_a_reader_next_to_a_writer_and_after_its_kill_sees_whole_texts() -> None
 
 def test_a_new_trainer_finds_what_it_goes_on_from_but_not_the_old_ones_end() -> None:
     board = Board.create()
-    board.generation, board.step, board.durable_step, board.collectives = 3, 17, 12, 5
+    board.generation, board.step, board.collectives = 3, 17, 5
     board.finished = board.draining = True
     board.resumption, board.error = "here", "NaN"
     board.step_took(0.25)
@@ -205,7 +200,7 @@ def test_a_new_trainer_finds_what_it_goes_on_from_but_not_the_old_ones_end() -> 
     assert (board.section, board.collectives) == (Section.START, 0)
     assert not board.error
     assert board.beat_age() < 60
-    assert (board.generation, board.step, board.durable_step) == (3, 17, 12)
+    assert (board.generation, board.step) == (3, 17)
     assert (board.resumption, board.visits, board.step_seconds) == ("here", 1, 0.25)
     assert (board.finished, board.draining) == (True, True)
 

@@ -16,6 +16,7 @@ from run_builders import begin, files_of, snapshot, start, step_of
 from volatile_disk import Careless
 
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.folder import write_files
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.storage import TEMPORARY_FOLDER
@@ -71,7 +72,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in range(INTERVAL, PLANTED_STEP + 1, INTERVAL):
         writer.save(snapshot(step))
         writer.retire(keep_last=3, keep_every=None)
-    writer._write_files("checkpoints/000000050-0001-00000000000000aa", files_of(50))
+    write_files(storage, "checkpoints/000000050-0001-00000000000000aa", files_of(50))
     (run / TEMPORARY_FOLDER / "model.safetensors.00").write_bytes(b"half")
     # Retired, and killed before its tensors were deleted.
     folder = lineage.commit(RunLog(storage), writer.head.checkpoints[0].index).checkpoint.folder

@@ -10,6 +10,7 @@ from damage import DAMAGES, empty, flip_a_bit, folder_of, record_of, remove
 from run_builders import begin, files_of, snapshot, start, step_of
 
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.folder import write_files
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import Quarantine
@@ -208,8 +209,8 @@ def test_a_record_damaged_after_it_was_verified_stops_no_retirement(run: Path) -
 
 def test_a_damaged_record_suspends_the_sweep_of_folders(run: Path) -> None:
     storage = LocalStorage(run)
-    writer, _, _ = start(storage)
-    writer._write_files("checkpoints/000000050-0003-00000000000000aa", files_of(50))
+    start(storage)
+    write_files(storage, "checkpoints/000000050-0003-00000000000000aa", files_of(50))
     flip_a_bit(record_of(run, 3))
     _, _, swept = start(storage)
     assert swept.orphans == ()

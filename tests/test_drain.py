@@ -15,10 +15,9 @@ from jobs import Job, alive, reached, show, wait_for, wait_for_step
 from run_files import assert_sound, checkpoints
 from running import running
 
-from fmnist_dist.errors import ExitCode
+from fmnist_dist.errors import INTERRUPTED, ExitCode
 
 COPY_AGE = 5  # steps: the keeper's copy is made as often as that costs next to nothing
-INTERRUPTED = 130
 LAST_STEP = 110  # not the end of an epoch: the final save is the only one
 LONG = ("--epochs=500", "--eval-every-epochs=499")
 SHARDS = 8  # calls of the point `data` in a step

@@ -17,6 +17,7 @@ from watch import Watch
 
 from fmnist_dist.checkpoint import folder, restore, writer
 from fmnist_dist.checkpoint import sweep as sweeping
+from fmnist_dist.checkpoint.folder import write_files
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.storage import AlreadyExistsError, Storage, StorageError
 from fmnist_dist.checkpoint.writer import CutOffError, RunWriter, Snapshot
@@ -142,7 +143,8 @@ def prune_of_a_live_run(stage: Stage) -> Check:
     watch = Watch(stage.storage)
     old = begin(stage.storage, "a")
     save(watch, old, 10)
-    old._write_files("checkpoints/000000020-0001-00000000000000ff", files_of(20))  # killed then
+    folder = "checkpoints/000000020-0001-00000000000000ff"
+    write_files(stage.storage, folder, files_of(20))  # killed then
     live, step = launched(watch, stage.storage, "a")
 
     def prune() -> None:
@@ -403,12 +405,12 @@ def deletes_a_folder_without_an_answer(patch: pytest.MonkeyPatch) -> None:
 
 
 def commits_before_its_files_are_written(patch: pytest.MonkeyPatch) -> None:
-    write_right = RunWriter._write_files
+    write_right = writer.write_files
 
-    def wrong(mine: RunWriter, folder: str, files: dict[str, bytes]) -> None:
-        write_right(mine, folder, dict(list(files.items())[1:]))
+    def wrong(storage: Storage, folder: str, files: dict[str, bytes]) -> None:
+        write_right(storage, folder, dict(list(files.items())[1:]))
 
-    patch.setattr(RunWriter, "_write_files", wrong)
+    patch.setattr(writer, "write_files", wrong)
 
 
 def appends_a_step_that_stands(patch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fmnist_dist.distributed import meeting
+from fmnist_dist import limits
 from fmnist_dist.distributed.meeting import KeyValue, host_meeting, join_meeting
 from fmnist_dist.errors import ExitCode, TransientError
 
@@ -59,7 +59,7 @@ class Mortal:
 
 @pytest.fixture(autouse=True)
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "POLL_SECONDS", 0.0005)
+    monkeypatch.setattr(limits, "ROLL_CALL_POLL_SECONDS", 0.0005)
 
 
 def attempt(
@@ -130,7 +130,7 @@ def test_the_drill_finds_a_rank_that_leaves_on_any_confirmation() -> None:
                 keys.set(f"answer/{nonce}/{rank}", "somebody")
                 if keys.get(f"confirmed/{nonce}") is not None:
                     return nonce
-            time.sleep(meeting.POLL_SECONDS)
+            time.sleep(limits.ROLL_CALL_POLL_SECONDS)
         raise TransientError("nobody")
 
     with pytest.raises(AssertionError):

@@ -9,6 +9,7 @@ from memory_storage import MemoryStorage
 from run_builders import begin, files_of, snapshot, start, step_of
 
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.folder import write_files
 from fmnist_dist.checkpoint.head import Retained
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
@@ -281,12 +282,12 @@ def test_a_sweep_takes_orphans_of_older_attempts_and_nothing_else(tmp_path: Path
     storage = LocalStorage(tmp_path)
     old = begin(storage)
     old.save(snapshot(10))
-    old._write_files("checkpoints/000000020-0001-00000000000000aa", files_of(20))
+    write_files(storage, "checkpoints/000000020-0001-00000000000000aa", files_of(20))
     kept = ("notes", "000000020-0001-zz", "000000020-0003-00000000000000aa", "x-000000020-0001-00")
     for name in kept:
         storage.create(f"checkpoints/{name}/file", b"")
     new = begin(storage)
-    new._write_files("checkpoints/000000020-0002-00000000000000aa", files_of(20))
+    write_files(storage, "checkpoints/000000020-0002-00000000000000aa", files_of(20))
     assert new.sweep().orphans == ("checkpoints/000000020-0001-00000000000000aa",)
     committed = [name for name in storage.list("checkpoints") if name.startswith("000000010")]
     assert storage.list("checkpoints") == sorted(
@@ -325,7 +326,7 @@ def test_pruning_leaves_the_newest_attempt_alone_until_it_has_finished() -> None
     for orphan in ("aa", "bb"):
         writer = begin(storage)
         name = f"checkpoints/000000010-{writer.attempt:04d}-00000000000000{orphan}"
-        writer._write_files(name, files_of(10))
+        write_files(storage, name, files_of(10))
     writer.save(snapshot(20))
     assert prune(storage, log, log.read().head).orphans == (
         "checkpoints/000000010-0001-00000000000000aa",

@@ -171,7 +171,7 @@ class RunWriter:
         checkpoint is as good as before.
         """
         folder = folder_name(step=snapshot.step, attempt=self.attempt, nonce=secrets.token_hex(8))
-        self._write_files(folder, snapshot.files)
+        write_files(self._storage, folder, snapshot.files)
         body = Checkpoint(
             step=snapshot.step,
             epoch=snapshot.epoch,
@@ -295,9 +295,6 @@ class RunWriter:
         # Folding first lets a fenced writer, and one with nothing to add, find out without a put.
         self.head = self._log.append(self._log.advance(self.head), decide=unless_fenced)
         return appended
-
-    def _write_files(self, folder: str, files: Mapping[str, bytes]) -> None:
-        write_files(self._storage, folder, files)
 
     def _check_fence(self, head: Head) -> None:
         if head.attempt != self.attempt:

@@ -20,9 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from fmnist_dist import limits
 from fmnist_dist.errors import TransientError
-
-POLL_SECONDS = 0.005  # between two looks
 
 
 class KeyValue(Protocol):
@@ -81,5 +80,5 @@ def _wait(condition: Callable[[], bool], limit_seconds: float) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL_SECONDS)
+        time.sleep(limits.ROLL_CALL_POLL_SECONDS)
     return True

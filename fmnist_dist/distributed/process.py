@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,24 @@ def _prctl(option: int, argument: object) -> None:
     if libc.prctl(option, argument) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"prctl({option}): {os.strerror(error)}")
+
+
+def stat_fields(process: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the name: state, parent, ... Raises OSError."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
+def open_sockets() -> dict[int, int]:
+    """Return the inode of each open socket of this process, by descriptor (Linux)."""
+    found: dict[int, int] = {}
+    for path in list(Path("/proc/self/fd").iterdir()):
+        try:
+            status = os.fstat(int(path.name))
+        except OSError:  # the listing's own descriptor, or one that was closed meanwhile
+            continue
+        if stat.S_ISSOCK(status.st_mode):
+            found[int(path.name)] = status.st_ino
+    return found
 
 
 def end_launcher(environ: Mapping[str, str]) -> bool:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from fmnist_dist import limits
 from fmnist_dist.distributed.meeting import host_meeting, join_meeting
+from fmnist_dist.distributed.process import stat_fields
 from fmnist_dist.errors import TransientError
 
 _SHARED = "fmnist_dist"  # prefix of our keys in the launcher's store
@@ -167,6 +167,8 @@ def _serve_store(port: int) -> NoReturn:
 def _parent_identity() -> str:
     """Name the launcher on this host: its process id and the tick at which it started."""
     parent = os.getppid()
-    stat = Path(f"/proc/{parent}/stat")
-    started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "unknown"
+    try:
+        started = stat_fields(parent)[19]
+    except OSError:  # not Linux
+        started = "unknown"
     return f"{socket.gethostname()}-{parent}-{started}"

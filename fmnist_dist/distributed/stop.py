@@ -11,7 +11,7 @@ step, and none waits for one that has left.
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -56,18 +56,36 @@ class StopRequest:
 @contextmanager
 def listen() -> Iterator[StopRequest]:
     """Take SIGTERM, SIGINT and SIGUSR1 as a wish to stop after the current step."""
+    with woken_by_signals() as (readable, _):
+        request = StopRequest(readable)
+        with handled(SIGNALS, request._handle):  # noqa: SLF001
+            yield request
+
+
+@contextmanager
+def woken_by_signals() -> Iterator[tuple[int, int]]:
+    """Yield both ends of a pipe into which the number of every signal with a handler is written."""
     readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    request = StopRequest(readable)
     woken = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, request._handle) for number in SIGNALS}  # noqa: SLF001
     try:
-        yield request
+        yield readable, writable
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(woken)
         os.close(readable)
         os.close(writable)
+
+
+@contextmanager
+def handled(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Have these signals call `handler` meanwhile."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 @contextmanager
@@ -85,9 +103,5 @@ def leaving_at_once(tell: Callable[[Drained], None]) -> Iterator[None]:
         finally:
             os._exit(drained.exit_code)
 
-    before = {number: signal.signal(number, leave) for number in SIGNALS}
-    try:
+    with handled(SIGNALS, leave):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

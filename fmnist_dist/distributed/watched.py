@@ -57,7 +57,7 @@ class WatchedStore(dist.Store):
             now = time.monotonic()
             if now > deadline:
                 raise PeerLostError(f"{keys[0]!r} was not told in {limit.total_seconds():g} s")
-            time.sleep(limits.POLL_SECONDS if now - began < 1 else limits.LAZY_POLL_SECONDS)
+            time.sleep(limits.poll_seconds(now - began))
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout

@@ -3,18 +3,17 @@
 import contextlib
 import os
 import socket
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from fmnist_dist import limits
+from fmnist_dist.distributed.process import open_sockets
 from fmnist_dist.distributed.roster import Roster
 from fmnist_dist.distributed.watched import WatchedStore
 from fmnist_dist.errors import PeerLostError, UsageError
@@ -69,7 +68,7 @@ class World:
         """
         if self.device.type == "cuda":  # not run here: no GPU
             dist.distributed_c10d._get_default_group().abort()  # noqa: SLF001
-        for descriptor, inode in _open_sockets().items():
+        for descriptor, inode in open_sockets().items():
             if inode not in self._sockets:
                 # Closed meanwhile, or the listening one, without which gloo aborts.
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
@@ -92,7 +91,7 @@ def join(
     `check` is called while this rank waits for another one; it raises when the wait is in vain.
     Raises `PeerLostError` where a peer is lost meanwhile.
     """
-    before = set(_open_sockets().values())
+    before = set(open_sockets().values())
     watched = WatchedStore(dist.PrefixStore(f"group/{generation}", store), check)
     backend = "nccl" if device.type == "cuda" else "gloo"
     tries = _GLOO_TRIES if backend == "gloo" else 1
@@ -168,16 +167,3 @@ def device_of(name: str, *, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)  # not run here: no GPU
     torch.cuda.set_device(device)
     return device
-
-
-def _open_sockets() -> dict[int, int]:
-    """Return the inode of each open socket of this process, by descriptor."""
-    found: dict[int, int] = {}
-    for path in Path("/proc/self/fd").iterdir():
-        try:
-            status = os.fstat(int(path.name))
-        except OSError:  # the listing's own descriptor, or one that was closed meanwhile
-            continue
-        if stat.S_ISSOCK(status.st_mode):
-            found[int(path.name)] = status.st_ino
-    return found

@@ -124,17 +124,15 @@ class Board:
     generation = _Whole(2)
     step = _Whole(3)  # finished steps; -1: none yet
     collectives = _Whole(4)  # entered in this generation; all ranks count alike, from 0
-    durable_step = _Whole(5)  # of the newest checkpoint that is durable; -1: none
-    _step_seconds = _Real(6)
-    beaten = _Real(7)  # when the trainer was last heard of
-    finished = _Flag(8)  # the `finish` record is durable
-    draining = _Flag(9)  # keeper: a signal came
-    drain_deadline = _Real(10)  # keeper: when a drain must be over; 0: none
-    drain_signal = _Whole(11)  # keeper: the signal's number; 0: none
-    restoring = _Whole(14)  # record of the checkpoint that is being restored; -1: none
-    _resumption = _Text(word=12, offset=15 * _WORD, capacity=RESUMPTION_BYTES)
-    _error = _Text(word=13, offset=15 * _WORD + 2 * RESUMPTION_BYTES, capacity=_ERROR_BYTES)
-    _SIZE = 15 * _WORD + 2 * RESUMPTION_BYTES + 2 * _ERROR_BYTES
+    _step_seconds = _Real(5)
+    beaten = _Real(6)  # when the trainer was last heard of
+    finished = _Flag(7)  # the `finish` record is durable
+    draining = _Flag(8)  # keeper: a signal came
+    drain_deadline = _Real(9)  # keeper: when a drain must be over; 0: none
+    restoring = _Whole(10)  # record of the checkpoint that is being restored; -1: none
+    _resumption = _Text(word=11, offset=13 * _WORD, capacity=RESUMPTION_BYTES)
+    _error = _Text(word=12, offset=13 * _WORD + 2 * RESUMPTION_BYTES, capacity=_ERROR_BYTES)
+    _SIZE = 13 * _WORD + 2 * RESUMPTION_BYTES + 2 * _ERROR_BYTES
 
     def __init__(self, memory: mmap.mmap) -> None:
         self.bytes = memoryview(memory)
@@ -146,7 +144,7 @@ class Board:
     def create(cls) -> Self:
         """Return a fresh board, to be shared by forking."""
         board = cls(mmap.mmap(-1, cls._SIZE))
-        board.step = board.durable_step = board.restoring = -1
+        board.step = board.restoring = -1
         board.renew()
         return board
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
-from fmnist_dist.errors import ExitCode, FmnistDistError
+from fmnist_dist.errors import INTERRUPTED, ExitCode, FmnistDistError
 from fmnist_dist.usage import run_app
 
-_INTERRUPTED = 130  # as a shell shows SIGINT
 _READER_GONE = 141  # as a shell shows SIGPIPE
 
 
@@ -26,7 +25,7 @@ def run_command(app: App, argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     return code
 
 

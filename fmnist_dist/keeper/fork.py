@@ -6,13 +6,11 @@ on that thread, which outlives the child: the parent-death signal follows the th
 
 import os
 import signal
-import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-from fmnist_dist.distributed.process import die_with, name_process
+from fmnist_dist.distributed.process import die_with, name_process, open_sockets
 from fmnist_dist.errors import ExitCode
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
@@ -71,17 +69,7 @@ def _begin_anew(close: Iterable[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor in close:
         os.close(descriptor)
-    _close_sockets()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-
-
-def _close_sockets() -> None:
-    """Close inherited connections: a peer of one would not see its owner's death."""
-    for path in list(Path("/proc/self/fd").iterdir()):
-        descriptor = int(path.name)
-        try:
-            is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
-        except OSError:  # the listing's own
-            continue
-        if is_socket and descriptor > _STDERR:
+    for descriptor in open_sockets():
+        if descriptor > _STDERR:  # a peer of the keeper's connection would not see its death
             os.close(descriptor)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)

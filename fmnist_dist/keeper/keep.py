@@ -12,17 +12,17 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from fmnist_dist import limits
 from fmnist_dist.desk import Desk, Prepared
 from fmnist_dist.distributed import generation
 from fmnist_dist.distributed.generation import Lost
+from fmnist_dist.distributed.process import stat_fields
 from fmnist_dist.distributed.roster import StoreKeys, StoreLostError
-from fmnist_dist.distributed.stop import SIGNALS
-from fmnist_dist.errors import ExitCode
+from fmnist_dist.distributed.stop import SIGNALS, handled, woken_by_signals
+from fmnist_dist.errors import INTERRUPTED, ExitCode
 from fmnist_dist.handover.board import Board
 from fmnist_dist.handover.slots import Slots
 from fmnist_dist.held import rehearse
@@ -38,17 +38,16 @@ from fmnist_dist.telemetry.phases import Phases
 STACKS_SIGNAL = signal.SIGUSR2  # a trainer prints the stacks of its threads
 _STACKS_SECONDS = 1.0  # for printing them
 _STDERR = 2  # the descriptor: whatever `sys.stderr` has become
-_INTERRUPTED = 130  # as a shell has it
 # A trainer that ends so has said why; another one would end in the same way, or has nothing to do.
-_SAID = {int(code) for code in ExitCode} - {int(ExitCode.BUG)} | {_INTERRUPTED}
+_SAID = {int(code) for code in ExitCode} - {int(ExitCode.BUG)} | {INTERRUPTED}
 
 _events = EventLog("fmnist_dist.keeper")
 
 
 def keep(prepared: Prepared, train: Callable[[Desk], int], phases: Phases) -> int:
     """Have trainers train, one after the other, until the run's end; return the exit code."""
-    with _listening() as listening:
-        keeper = Keeper(prepared, train, listening)
+    with woken_by_signals() as pipe, handled((*SIGNALS, signal.SIGCHLD), _ignore):
+        keeper = Keeper(prepared, train, pipe)
         with noting_failures(prepared.root, keeper.board):
             return keeper.run(phases)
 
@@ -57,11 +56,11 @@ class Keeper:
     """One rank's keeper."""
 
     def __init__(
-        self, prepared: Prepared, train: Callable[[Desk], int], listening: "tuple[int, int]"
+        self, prepared: Prepared, train: Callable[[Desk], int], pipe: tuple[int, int]
     ) -> None:
         self._prepared = prepared
         self._train = train
-        self._pipe = listening
+        self._pipe = pipe
         self._rank = prepared.roster.rank
         self._config = prepared.launch.config
         self._keys = StoreKeys(prepared.roster.connect())
@@ -81,6 +80,7 @@ class Keeper:
         gc.collect()
         gc.freeze()  # what a collection does not touch stays shared with the trainers
         desk = Desk(board=self.board, slots=self._slots, phases=phases)
+        self._begin()
         trainer = self._fork(desk)
         while True:
             status = self._watch(trainer)
@@ -119,7 +119,6 @@ class Keeper:
         return self._fork(self._desk(lost, died_at))
 
     def _fork(self, desk: Desk) -> int:
-        self._begin()
         return fork(partial(self._be_trainer, desk), name="fmnist-trainer", close=self._pipe)
 
     def _begin(self) -> None:
@@ -187,7 +186,6 @@ class Keeper:
             self._interrupts += number == signal.SIGINT
             if number not in SIGNALS or self.board.draining:
                 continue
-            self.board.drain_signal = number
             self.board.drain_deadline = time.monotonic() + self._config.drain_seconds
             self.board.draining = True
             os.kill(trainer, signal.SIGTERM)
@@ -270,7 +268,7 @@ class Keeper:
         if self.board.finished:
             return ExitCode.FINISHED
         if self._interrupts > 1:
-            return _INTERRUPTED
+            return INTERRUPTED
         if self.board.draining:
             left = max(limits.KILL_SECONDS, self.board.drain_deadline - time.monotonic())
             is_safe = self._rescue("drain", left)
@@ -309,30 +307,12 @@ class Keeper:
             generation.leave(self._keys, rank=self._rank, reason=f"exit code {code}")
 
 
-@contextlib.contextmanager
-def _listening() -> Iterator[tuple[int, int]]:
-    """Yield a pipe that is readable when a signal came or a child has ended."""
-    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    numbers = (*SIGNALS, signal.SIGCHLD)
-    woken = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, _ignore) for number in numbers}
-    try:
-        yield readable, writable
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(woken)
-        os.close(readable)
-        os.close(writable)
-
-
 def _ignore(_number: int, _frame: object) -> None:
     """Let the interpreter write the signal's number into the pipe, and go on."""
 
 
 def _is_stopped(process: int) -> bool:
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+        return stat_fields(process)[0] in {"T", "t"}
+    except OSError:  # it has ended meanwhile
         return False
-    return state in {"T", "t"}

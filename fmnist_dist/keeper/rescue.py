@@ -43,7 +43,7 @@ def rescue(prepared: Prepared, board: Board, slots: Slots, *, reason: str, secon
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status) == ExitCode.FINISHED
-        time.sleep(0.005)
+        time.sleep(limits.LAZY_POLL_SECONDS)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     _events.error("could not save from the keeper's memory in time", seconds=round(seconds, 1))
