@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmnist_dist.data.dataset import Dataset
+from fmnist_dist.data.feed import TrainingFeed
 from fmnist_dist.distributed.generation import Lost
 from fmnist_dist.distributed.roster import Roster
 from fmnist_dist.faults import Faults
@@ -29,6 +30,14 @@ class Prepared:
         return len(self.dataset.train.images)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsed:
+    """Built ahead: what a trainer loads its state into, whatever step it is of, and its feed."""
+
+    state: TrainState
+    feed: TrainingFeed
+
+
 @dataclass(slots=True, kw_only=True)
 class Desk:
     """What one trainer finds: memory shared with its keeper, and word of its predecessor's end."""
@@ -37,6 +46,6 @@ class Desk:
     slots: Slots | None = None  # None: no keeper
     lost: Lost | None = None
     died_at: float = 0.0  # when it did, on the monotonic clock
-    state: TrainState | None = None  # built ahead, of any step
+    rehearsed: Rehearsed | None = None
     suspect: int | None = None  # record of a checkpoint that must not be chosen
     phases: Phases | None = None  # of the first trainer only

@@ -1,7 +1,8 @@
 """What a trainer holds from one generation to the next, once it knows the run."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,11 +11,12 @@ from fmnist_dist.checkpoint.hint import ProgressHint
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.config import Config
 from fmnist_dist.data.feed import TrainingFeed
-from fmnist_dist.desk import Desk, Prepared
+from fmnist_dist.desk import Desk, Prepared, Rehearsed
 from fmnist_dist.distributed import world
+from fmnist_dist.distributed.step import ShardedStep, Wishes
 from fmnist_dist.handover.board import Board
 from fmnist_dist.opening import Run, follow_run
-from fmnist_dist.plan import Plan
+from fmnist_dist.plan import Plan, shard_bounds
 from fmnist_dist.saves import Saves
 from fmnist_dist.state import TrainState
 from fmnist_dist.takeover import Resumption
@@ -45,13 +47,17 @@ class Held:
 
 
 def hold(
-    prepared: Prepared, run: Run, device: torch.device, *, state: TrainState | None = None
+    prepared: Prepared, run: Run, device: torch.device, *, rehearsed: Rehearsed | None = None
 ) -> Held:
-    """Return what belongs to a run that is open: with `state`, or the initial one."""
+    """Return what belongs to a run that is open, at its initial state or what was rehearsed."""
     resumption, launch = run.resumption, prepared.launch
     config = resumption.terms.config(launch)
     plan = resumption.terms.plan(launch, prepared.num_samples)
-    state = state or initial_state(config, prepared.dataset, device)
+    if rehearsed is None:
+        rehearsed = Rehearsed(
+            state=initial_state(config, prepared.dataset, device),
+            feed=TrainingFeed(prepared.dataset, seed=config.seed, device=device),
+        )
     progress = make_progress(
         log_format=config.log_format,
         rank=prepared.roster.rank,
@@ -67,7 +73,7 @@ def hold(
         resumption=resumption,
         config=config,
         plan=plan,
-        state=state,
+        state=rehearsed.state,
         saves=Saves(
             run.write,
             run.log,
@@ -77,7 +83,7 @@ def hold(
             retires=prepared.roster.rank == 0,
             save=prepared.faults.wrap("save", RunWriter.save),
         ),
-        feed=TrainingFeed(prepared.dataset, seed=config.seed, device=device),
+        feed=rehearsed.feed,
         progress=progress,
     )
 
@@ -89,22 +95,46 @@ def inherit(prepared: Prepared, desk: Desk, device: torch.device) -> Held | None
     if slot is None or told is None:
         return None
     run = follow_run(prepared.launch, prepared.root, Resumption.from_json(told))
-    held = hold(prepared, run, device, state=desk.state)
+    held = hold(prepared, run, device, rehearsed=desk.rehearsed)
     held.state.load_image(slot.data)
     return held
 
 
-def rehearse(prepared: Prepared, board: Board) -> TrainState | None:
-    """Build ahead what a later trainer of this run loads its state into; None on a GPU.
+def rehearse(
+    prepared: Prepared, board: Board, *, is_called: Callable[[], bool]
+) -> Rehearsed | None:
+    """Build ahead what a later trainer of this run needs, and take one shard's step with it.
 
-    There it would take memory that is not to spare (not run here).
+    The first step of a process costs twice a later one: memory, kernels, and gloo are set up in it.
+    It is left out where `is_called` says that the trainer is wanted already. None on a GPU, where
+    all this would take memory that is not to spare (not run here).
     """
     told = board.resumption
     if told is None or world.device_of(prepared.launch.config.device, local_rank=0).type != "cpu":
         return None
-    config = Resumption.from_json(told).terms.config(prepared.launch)
+    terms = Resumption.from_json(told).terms
+    config = terms.config(prepared.launch)
     torch.set_num_threads(config.threads_per_worker)
-    return initial_state(config, prepared.dataset, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    rehearsed = Rehearsed(
+        state=initial_state(config, prepared.dataset, cpu),
+        feed=TrainingFeed(prepared.dataset, seed=config.seed, device=cpu),
+    )
+    plan = terms.plan(prepared.launch, prepared.num_samples)
+    if 0 <= board.step < plan.total_steps and not is_called():
+        step = plan.at(board.step)
+        _, shard = shard_bounds(step.size, logical_shards=config.logical_shards)[0]
+        with world.alone(cpu) as joined:
+            sharded = ShardedStep(
+                rehearsed.state,
+                joined,
+                logical_shards=1,
+                precision=config.precision,
+                seed=config.seed,
+            )
+            sharded(replace(step, size=shard), rehearsed.feed, wishes=Wishes())
+            sharded.close()
+    return rehearsed
 
 
 def open_hint(prepared: Prepared, held: Held) -> ProgressHint | None:

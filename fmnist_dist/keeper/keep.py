@@ -135,13 +135,13 @@ class Keeper:
             suspect=self._suspect,
         )
 
-    def _rehearse(self) -> Callable[[Lost, float], int]:
+    def _rehearse(self, is_called: Callable[[], bool]) -> Callable[[Lost, float], int]:
         """Prepare, in a spare, what every trainer needs; return how it becomes one."""
-        state = rehearse(self._prepared, self.board)
+        rehearsed = rehearse(self._prepared, self.board, is_called=is_called)
 
         def be_trainer(lost: Lost, died_at: float) -> int:
             desk = self._desk(lost, died_at)
-            desk.state = state
+            desk.rehearsed = rehearsed
             return self._be_trainer(desk)
 
         return be_trainer
