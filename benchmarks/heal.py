@@ -66,7 +66,7 @@ def bare_import() -> float:
 class Job:
     """A training that is watched through its mapped progress file: that costs little."""
 
-    def __init__(self, run: Path, batch_size: str) -> None:
+    def __init__(self, run: Path, batch_size: str, *flags: str) -> None:
         self.run = run
         self.log = run.parent / "log"
         self.attempt = 0
@@ -75,6 +75,7 @@ class Job:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
         command += ["--max-restarts=1000", "-m", "fmnist_dist.train", "--run-dir", str(run)]
         command += [f"--batch-size={batch_size}", "--epochs=1000", "--eval-every-epochs=1000"]
+        command += flags
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
@@ -123,12 +124,12 @@ class Job:
             self.process.wait()
 
 
-def children(parent: int, name: str) -> list[int]:
+def children(parent: int, name: str | None = None) -> list[int]:
     found = []
     for task in Path(f"/proc/{parent}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
             comm = Path(f"/proc/{child}/comm")
-            if comm.exists() and comm.read_text().strip() == name:
+            if comm.exists() and name in {None, comm.read_text().strip()}:
                 found.append(child)
     return found
 

@@ -63,7 +63,8 @@ def kill_again_and_again(run: Path) -> list[str]:
     told = []
     process = launch(run)
     for attempt, step in enumerate(steps):
-        while not (hints := read_hints(run)) or max(hints) <= attempt or reached(run) < step:
+        notes = run / "progress"
+        while not (hints := read_hints(notes)) or max(hints) <= attempt or reached(run) < step:
             assert process.poll() is None
             time.sleep(0.01)
         if draw_number.random() < 0.5:
@@ -81,7 +82,7 @@ def kill_again_and_again(run: Path) -> list[str]:
 
 def reached(run: Path) -> int:
     """Return the last step that the newest attempt has finished."""
-    hints = read_hints(run)
+    hints = read_hints(run / "progress")
     return hints[max(hints)].last_step
 
 
@@ -116,7 +117,7 @@ def draw(target: Path, calm: Path, killed: Path) -> None:
     axes.plot(*losses(killed), color="#08306b", linewidth=1.5, label="killed 6 times: same bits")
     top = axes.get_ylim()[1]
     log = RunLog(LocalStorage(killed))
-    stories = read_history(log, read_hints(killed)).attempts
+    stories = read_history(log, read_hints(killed / "progress")).attempts
     for number, story in enumerate(each for each in stories if each.lost_steps is not None):
         if story.ended == "finished" or story.last_step is None:
             continue

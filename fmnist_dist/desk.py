@@ -1,8 +1,8 @@
 """What a trainer begins with: what was prepared for every one of them, and its keeper's memory."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.data.dataset import Dataset
 from fmnist_dist.data.feed import TrainingFeed
 from fmnist_dist.distributed.generation import Lost
@@ -20,7 +20,7 @@ class Prepared:
     """Done once, however many trainers follow. It crosses forks, so it holds no device."""
 
     launch: Launch
-    root: Path
+    place: Place
     dataset: Dataset
     faults: Faults
     roster: Roster

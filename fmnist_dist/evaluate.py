@@ -58,7 +58,7 @@ def evaluate(
 
     result = rescore(restored, config)
     if as_json:
-        print(json.dumps({"run": str(found.root), **dataclasses.asdict(result)}, indent=2))
+        print(json.dumps({"run": str(found.place), **dataclasses.asdict(result)}, indent=2))
         return
     print(f"step           {result.step} ({result.weights} weights)")
     print(f"test accuracy  {result.test_accuracy:.4f} on {result.samples} samples")
@@ -70,7 +70,7 @@ def _config(run: FoundRun, *, device: str, data_dir: Path | None) -> Config:
     settings = settings_in_force(run.history())
     if not settings:
         raise DataDamagedError(
-            f"run {run.root}: no attempt's record is intact, and with them its settings are lost"
+            f"run {run.place}: no attempt's record is intact, and with them its settings are lost"
         )
     own: dict[str, Any] = {"device": device, "data_dir": data_dir}
     try:

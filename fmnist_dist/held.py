@@ -94,7 +94,7 @@ def inherit(prepared: Prepared, desk: Desk, device: torch.device) -> Held | None
     told = desk.board.resumption
     if slot is None or told is None:
         return None
-    run = follow_run(prepared.launch, prepared.root, Resumption.from_json(told))
+    run = follow_run(prepared.launch, prepared.place, Resumption.from_json(told))
     held = hold(prepared, run, device, rehearsed=desk.rehearsed)
     held.state.load_image(slot.data)
     return held
@@ -141,7 +141,7 @@ def open_hint(prepared: Prepared, held: Held) -> ProgressHint | None:
     """Return where rank 0 notes how far it has got."""
     try:
         return ProgressHint(
-            prepared.root, attempt=held.resumption.attempt, first_step=held.resumption.step
+            prepared.place.notes, attempt=held.resumption.attempt, first_step=held.resumption.step
         )
     except OSError as error:
         _events.warning("lost steps will not be counted", why=str(error))

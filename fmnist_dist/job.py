@@ -20,7 +20,7 @@ from fmnist_dist.distributed import stop
 from fmnist_dist.distributed.roster import Roster
 from fmnist_dist.faults import Faults
 from fmnist_dist.lookout import Lookout
-from fmnist_dist.opening import run_folder
+from fmnist_dist.opening import open_place
 from fmnist_dist.settings import Launch
 from fmnist_dist.telemetry.phases import Phases
 from fmnist_dist.trainer import Trainer
@@ -28,12 +28,12 @@ from fmnist_dist.trainer import Trainer
 
 def prepare(launch: Launch, roster: Roster, faults: Faults, phases: Phases) -> Prepared:
     """Do once what all trainers of this rank need. Raises what `errors` holds."""
-    root = run_folder(launch.config.run_dir)
+    place = open_place(launch.config.run_dir)
     dataset = load_dataset(launch.config.dataset, data_dir=launch.config.data_dir)
     torch.set_num_threads(1)  # a keeper has one
     _warm_up(launch.config, dataset)
     phases.ended("data")
-    return Prepared(launch=launch, root=root, dataset=dataset, faults=faults, roster=roster)
+    return Prepared(launch=launch, place=place, dataset=dataset, faults=faults, roster=roster)
 
 
 def train(prepared: Prepared, desk: Desk) -> None:

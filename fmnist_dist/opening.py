@@ -8,17 +8,16 @@ from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
-from fsspec.core import url_to_fs
-
 from fmnist_dist.checkpoint import lineage
 from fmnist_dist.checkpoint.disk import Disk
 from fmnist_dist.checkpoint.failure import ATTEMPTS, note_failure, repeated_failure
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.hint import read_hints
-from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.record import DamagedRecordError
 from fmnist_dist.checkpoint.restore import Restored
+from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.distributed.fingerprint import fingerprint
 from fmnist_dist.distributed.share import broadcast, pack, unpack
@@ -38,17 +37,16 @@ from fmnist_dist.takeover import Resumption, read_terms, take_over
 class Run:
     """The run as this rank has it open."""
 
-    root: Path
     log: RunLog
     write: Callable[[], RunWriter]  # this rank's writer, made when it is asked for
     resumption: Resumption
     files: Mapping[str, bytes]  # of the checkpoint to go on from; empty: from the initial weights
 
 
-def run_folder(url: str) -> Path:
-    """Return the local folder that a run URL names."""
-    _, path = url_to_fs(url)
-    folder = Path(path)
+def open_place(url: str) -> Place:
+    """Return where the run that `url` names is, or can be. Raises `IncompatibleError`."""
+    place = Place.of(url)
+    folder = place.folder
     existing = next(each for each in (folder, *folder.parents) if _exists(each))
     if not existing.is_dir():
         raise IncompatibleError(
@@ -59,7 +57,7 @@ def run_folder(url: str) -> Path:
             f"--run-dir {url}: {existing} cannot be read and written by this user (uid "
             f"{os.getuid()}); change its permissions, or take another folder"
         )
-    return folder
+    return place
 
 
 def _exists(path: Path) -> bool:
@@ -72,7 +70,7 @@ def _exists(path: Path) -> bool:
 def open_run(
     launch: Launch,
     joined: World,
-    root: Path,
+    place: Place,
     *,
     disk: Disk,
     owner: str,
@@ -86,22 +84,22 @@ def open_run(
     and no file is read. `suspect` is the record of a checkpoint that must not be chosen.
     """
     if not joined.is_main:
-        log = RunLog(LocalStorage(root))
+        log = RunLog(place.storage())
         text = joined.hear("resumption")
         if text.startswith("failed "):
             raise PeerFailedError(int(text.removeprefix("failed ")))
         if text == "done":
             return None
         resumption = Resumption.from_json(text)
-        _check_shared(log, root, resumption)
+        _check_shared(log, place, resumption)
         is_new = joined.hear("files") != "none"
         files = unpack(broadcast(joined, None, source=0, key="files")) if is_new else {}
-        return follow_run(launch, root, resumption, files=files)
-    storage = LocalStorage(root, single_writer=launch.config.single_writer, disk=disk)
+        return follow_run(launch, place, resumption, files=files)
+    storage = place.storage(single_writer=launch.config.single_writer, disk=disk)
     if known is not None:
         joined.tell("resumption", known)
         joined.tell("files", "none")
-        return follow_run(launch, root, Resumption.from_json(known), storage=storage)
+        return follow_run(launch, place, Resumption.from_json(known), storage=storage)
     try:
         log = RunLog(storage)
         taken = _take_over(
@@ -109,7 +107,7 @@ def open_run(
             joined,
             storage,
             log,
-            root,
+            place,
             owner=owner,
             num_samples=num_samples,
             suspect=suspect,
@@ -128,33 +126,33 @@ def open_run(
     joined.tell("files", "some" if files else "none")
     if files:
         broadcast(joined, pack(files), source=0, key="files")
-    return Run(root=root, log=log, write=lambda: writer, resumption=resumption, files=files)
+    return Run(log=log, write=lambda: writer, resumption=resumption, files=files)
 
 
 def follow_run(
     launch: Launch,
-    root: Path,
+    place: Place,
     resumption: Resumption,
     *,
-    storage: LocalStorage | None = None,
+    storage: Storage | None = None,
     files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Run:
     """Return the run of an attempt that another process of this launch has begun."""
-    used = storage or LocalStorage(root, single_writer=launch.config.single_writer)
+    used = storage or place.storage(single_writer=launch.config.single_writer)
     log = RunLog(used)
 
     def follow() -> RunWriter:
         return RunWriter.follow(used, log, attempt=resumption.attempt, parent=resumption.parent)
 
-    return Run(root=root, log=log, write=follow, resumption=resumption, files=files)
+    return Run(log=log, write=follow, resumption=resumption, files=files)
 
 
 def _take_over(
     launch: Launch,
     joined: World,
-    storage: LocalStorage,
+    storage: Storage,
     log: RunLog,
-    root: Path,
+    place: Place,
     *,
     owner: str,
     num_samples: int,
@@ -164,10 +162,10 @@ def _take_over(
     terms = read_terms(log, head, launch, num_samples=num_samples)
     if terms.done:
         return None
-    _refuse_repetition(log, head, root, owner=owner)
+    _refuse_repetition(log, head, place, owner=owner)
 
     def lost_steps(attempt: int, step: int) -> int | None:
-        reached = read_hints(root).get(attempt)
+        reached = read_hints(place.notes).get(attempt)
         return None if reached is None else max(0, reached.last_step - step)
 
     return take_over(
@@ -184,13 +182,13 @@ def _take_over(
     )
 
 
-def _refuse_repetition(log: RunLog, head: Head, root: Path, *, owner: str) -> None:
+def _refuse_repetition(log: RunLog, head: Head, place: Place, *, owner: str) -> None:
     """Raise `NoProgressError` where this launch has ended at one step, with one error, for long.
 
     A launch that a user starts has another owner: it counts anew.
     """
     mine = takewhile(lambda each: each.attempt.owner == owner, lineage.attempts(log, head))
-    if failure := repeated_failure(root, (each.number for each in mine)):
+    if failure := repeated_failure(place.notes, (each.number for each in mine)):
         raise NoProgressError(
             f"no progress: the last {ATTEMPTS} attempts of this launch ended after step "
             f"{failure.step} with {failure.error}; another one would too, so change what this "
@@ -199,7 +197,7 @@ def _refuse_repetition(log: RunLog, head: Head, root: Path, *, owner: str) -> No
 
 
 @contextmanager
-def noting_failures(root: Path, board: Board) -> Iterator[None]:
+def noting_failures(place: Place, board: Board) -> Iterator[None]:
     """Leave word, for later attempts, of an error that nobody foresaw and that ends this one."""
     try:
         yield
@@ -210,11 +208,11 @@ def noting_failures(root: Path, board: Board) -> Iterator[None]:
         if told is not None:  # else there is no attempt yet
             resumption = Resumption.from_json(told)
             step = max(board.step, resumption.step)
-            note_failure(root, attempt=resumption.attempt, step=step, error=error)
+            note_failure(place.notes, attempt=resumption.attempt, step=step, error=error)
         raise
 
 
-def _check_shared(log: RunLog, root: Path, resumption: Resumption) -> None:
+def _check_shared(log: RunLog, place: Place, resumption: Resumption) -> None:
     """Refuse a run folder that is private to this node: it would be another run."""
     try:
         if log.record(resumption.attempt_index).nonce == resumption.nonce:
@@ -222,6 +220,6 @@ def _check_shared(log: RunLog, root: Path, resumption: Resumption) -> None:
     except DamagedRecordError:
         pass
     raise IncompatibleError(
-        f"--run-dir {root}: this node does not see what rank 0 wrote there; all nodes need the "
+        f"--run-dir {place}: this node does not see what rank 0 wrote there; all nodes need the "
         "same folder (a network file system or object storage)"
     )

@@ -133,7 +133,7 @@ def _verify_page(run: FoundRun, findings: Findings) -> str:
     steps = ", ".join(map(str, findings.valid_steps)) or "none"
     return aligned(
         [
-            ("run", path(str(run.root))),
+            ("run", path(str(run.place))),
             ("read", f"{findings.records} records, {findings.files} files"),
             ("bytes", str(findings.bytes)),
             ("valid", f"{len(findings.valid_steps)} of {findings.checkpoints}: steps {steps}"),

@@ -116,7 +116,7 @@ def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
         name_process("fmnist-keeper")
         return keep.keep(prepared, lambda desk: _code_of(lambda: train(desk)), phases)
     board = Board.create()
-    with noting_failures(prepared.root, board):
+    with noting_failures(prepared.place, board):
         return train(Desk(board=board, phases=phases))
 
 

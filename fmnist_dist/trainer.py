@@ -275,7 +275,7 @@ class Trainer:
         if joined.is_main:
             metrics = held.state.metrics
             shown = {n: round(metrics[n], 4) for n in ("test_accuracy",) if n in metrics}
-            _events.info("finished", run=str(self._prepared.root), step=held.state.step, **shown)
+            _events.info("finished", run=str(self._prepared.place), step=held.state.step, **shown)
 
     def _agree(self, joined: World, meeting: Meeting) -> Held | None:
         """Open the run and hold the state that all hold; None when nothing is left to do."""
@@ -286,7 +286,7 @@ class Trainer:
         found = faults.wrap("open", open_run)(
             self._prepared.launch,
             joined,
-            self._prepared.root,
+            self._prepared.place,
             disk=disk_from(self._prepared.faults.disk),
             owner=self._roster.owner,
             num_samples=self._prepared.num_samples,
@@ -295,7 +295,7 @@ class Trainer:
         )
         if found is None:
             if joined.is_main:
-                _events.info("already finished", run=str(self._prepared.root))
+                _events.info("already finished", run=str(self._prepared.place))
             board.finished = True
             return None
         board.resumption = found.resumption.to_json()
@@ -337,7 +337,7 @@ class Trainer:
         last_step = min(held.plan.total_steps, self._config.max_steps or held.plan.total_steps)
         _events.info(
             "training" if self._desk.phases is not None else "training goes on",
-            run=str(self._prepared.root),
+            run=str(self._prepared.place),
             attempt=held.resumption.attempt,
             model=held.config.model,
             dataset=held.config.dataset,

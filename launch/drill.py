@@ -22,6 +22,7 @@ from cyclopts import App, Parameter
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.errors import ExitCode, UsageError
 from fmnist_dist.usage import columns, run_app
 from launch.launched import HangError, Launched, kill, reached, state
@@ -164,7 +165,7 @@ def _has_passed(run: Path, attempt: int, step: int) -> bool:
 
 
 def _advanced(run: Path) -> bool:
-    hints = read_hints(run)
+    hints = read_hints(Place.of(str(run)).notes)
     newest = hints[max(hints)]
     return newest.last_step > newest.first_step
 

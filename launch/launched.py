@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fmnist_dist.checkpoint.hint import read_hints
+from fmnist_dist.checkpoint.place import Place
 
 LIMIT_SECONDS = 180.0  # of one wait: what takes longer hangs
 _POLL_SECONDS = 0.002
@@ -82,7 +83,7 @@ class Launched:
 
 def reached(run: Path) -> tuple[int, int]:
     """Return the newest attempt that has trained, and its last finished step."""
-    hints = read_hints(run)
+    hints = read_hints(Place.of(str(run)).notes)
     return (max(hints), hints[max(hints)].last_step) if hints else (0, -1)
 
 

@@ -56,7 +56,7 @@ class Alone:
         wait_for(there, f"{number} steps")
 
     def first_step(self) -> int:
-        return read_hints(self.run)[self.before + 1].first_step
+        return read_hints(self.run / "progress")[self.before + 1].first_step
 
     def trainer(self) -> int:
         """Return the living trainer."""

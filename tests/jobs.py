@@ -129,7 +129,7 @@ def alive(pid: int) -> bool:
 
 def reached(run: Path) -> tuple[int, int]:
     """Return (newest attempt that trains, its last finished step)."""
-    hints = read_hints(run)
+    hints = read_hints(run / "progress")
     return (max(hints), hints[max(hints)].last_step) if hints else (0, 0)
 
 

@@ -180,7 +180,7 @@ def test_a_note_that_was_cut_off_is_none_and_the_first_rank_to_fail_says_why(
     assert noted(tmp_path, same, same, same) is not None
     note_failure(tmp_path, attempt=2, step=5, error=ValueError("another rank's"))
     assert noted(tmp_path, same, same, same) is not None
-    note = tmp_path / "progress" / "000002.failed"
+    note = tmp_path / "000002.failed"
     note.write_bytes(note.read_bytes()[:9])
     assert noted(tmp_path, same, same, same) is None
 

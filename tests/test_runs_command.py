@@ -80,7 +80,7 @@ def save(writer: RunWriter, *steps: int, reason: str = "steps") -> None:
 
 
 def reach(root: Path, attempt_number: int, first: int, last: int) -> None:
-    hint = ProgressHint(root, attempt=attempt_number, first_step=first)
+    hint = ProgressHint(root / "progress", attempt=attempt_number, first_step=first)
     hint.reached(last)
     hint.close()
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fmnist_dist.checkpoint.hint import FOLDER, read_hints
+from fmnist_dist.checkpoint.hint import read_hints
 
 ATTEMPTS = 3  # alike in a row; as many deaths of one trainer a keeper takes (`keeper.deaths`)
 _ERROR_CHARACTERS = 500
@@ -29,29 +29,29 @@ class Failure:
     error: str
 
 
-def note_failure(root: Path, *, attempt: int, step: int, error: Exception) -> None:
+def note_failure(notes: Path, *, attempt: int, step: int, error: Exception) -> None:
     """Leave word of an attempt's end; the first rank to fail says why. Raises nothing."""
     lines = str(error).splitlines() or [""]
     text = f"{type(error).__name__}: {lines[0]}"[:_ERROR_CHARACTERS]
     note = json.dumps(asdict(Failure(step=step, error=text)))
     # Whoever fails on storage fails here too, and has an error of its own to tell.
     with contextlib.suppress(OSError):
-        path = _path(root, attempt)
+        path = _path(notes, attempt)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         with os.fdopen(descriptor, "w") as file:
             file.write(note)
 
 
-def repeated_failure(root: Path, attempts: Iterable[int]) -> Failure | None:
+def repeated_failure(notes: Path, attempts: Iterable[int]) -> Failure | None:
     """Return what the last attempts, given from the newest back, have ended with alike, if any.
 
     An attempt without a note was killed: it counts for nothing, unless it has got further.
     """
-    reached = read_hints(root)
+    reached = read_hints(notes)
     found: list[Failure] = []
     for attempt in attempts:
-        failure = _read(_path(root, attempt))
+        failure = _read(_path(notes, attempt))
         if failure is None:
             if found and attempt in reached and reached[attempt].last_step > found[0].step:
                 return None
@@ -64,8 +64,8 @@ def repeated_failure(root: Path, attempts: Iterable[int]) -> Failure | None:
     return None
 
 
-def _path(root: Path, attempt: int) -> Path:
-    return root / FOLDER / f"{attempt:06d}.failed"
+def _path(notes: Path, attempt: int) -> Path:
+    return notes / f"{attempt:06d}.failed"
 
 
 def _read(path: Path) -> Failure | None:

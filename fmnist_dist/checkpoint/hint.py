@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LAYOUT = struct.Struct("<qq")  # first step, last finished step
-FOLDER = "progress"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +24,12 @@ class Reached:
 class ProgressHint:
     """The writing end, for one attempt."""
 
-    def __init__(self, root: Path, *, attempt: int, first_step: int) -> None:
-        """Begin an attempt's hint, or go on with that of the same attempt's lost worker."""
-        path = root / FOLDER / f"{attempt:06d}"
+    def __init__(self, notes: Path, *, attempt: int, first_step: int) -> None:
+        """Begin an attempt's hint, or go on with that of the same attempt's lost worker.
+
+        `notes` is the folder of all attempts' hints (`place`).
+        """
+        path = notes / f"{attempt:06d}"
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         with os.fdopen(descriptor, "r+b") as file:
@@ -44,11 +46,10 @@ class ProgressHint:
         self._map.close()
 
 
-def read_hints(root: Path) -> dict[int, Reached]:
+def read_hints(notes: Path) -> dict[int, Reached]:
     """Return what each attempt is known to have reached, by its number."""
     hints: dict[int, Reached] = {}
-    folder = root / FOLDER
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in notes.iterdir() if notes.is_dir() else ():
         data = path.read_bytes()
         if re.fullmatch(r"\d{6,}", path.name) and len(data) == _LAYOUT.size:
             first, last = _LAYOUT.unpack(data)

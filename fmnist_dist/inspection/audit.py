@@ -89,22 +89,22 @@ def audit(run: FoundRun, history: History) -> Audit:
     """
     line = lineage.line(run.log, history.head)
     if history.status == "new":
-        raise UsageError(f"run {run.root}: has not begun, its log is empty; nothing to prove yet")
+        raise UsageError(f"run {run.place}: has not begun, its log is empty; nothing to prove yet")
     if history.num_samples is None:
         raise DataDamagedError(
-            f"run {run.root}: no attempt's record is intact, and with them the number of samples "
+            f"run {run.place}: no attempt's record is intact, and with them the number of samples "
             "of an epoch is lost"
         )
     if history.head.committed and not line:
         raise DataDamagedError(
-            f"run {run.root}: all its checkpoints are in quarantine, so no line is left to prove"
+            f"run {run.place}: all its checkpoints are in quarantine, so no line is left to prove"
         )
     done = int(line[-1].checkpoint.epoch) if line else 0
     proofs = prove(line, num_samples=history.num_samples, finished_epochs=done)
     failed = [each.epoch for each in proofs if each.finished and not each.exactly_once]
     *earlier, _ = history.attempts
     return Audit(
-        run=str(run.root),
+        run=str(run.place),
         num_samples=history.num_samples,
         proofs=tuple(proofs),
         suspects=_suspects(run, history, line, failed) if failed else {},

@@ -1,6 +1,5 @@
 """The run that a reader's command names: found, or refused in one line with the nearest name."""
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from pathlib import Path
 
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.history import History, read_history
-from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.errors import IncompatibleError, UsageError
 from fmnist_dist.rule import LOCAL
@@ -22,13 +21,13 @@ _RECORD = re.compile(r"\d{12}\.json")
 class FoundRun:
     """A folder that holds a run, opened for reading."""
 
-    root: Path
+    place: Place
     storage: Storage
     log: RunLog
 
     def history(self) -> History:
         """Return the run's story. Raises `DataDamagedError` where no record is intact."""
-        return read_history(self.log, read_hints(self.root))
+        return read_history(self.log, read_hints(self.place.notes))
 
 
 def find_run(url: str) -> FoundRun:
@@ -39,7 +38,8 @@ def find_run(url: str) -> FoundRun:
     if not url or not LOCAL.holds(url):
         raise UsageError(f"run '{url}': found no path, expected a run{LOCAL.expected}")
     try:
-        root = _folder(url)
+        place = Place.of(url)
+        root = place.folder
         if root.exists() and not root.is_dir():
             raise IncompatibleError(f"run {url}: is a file; expected the folder of a run")
         if not _holds_run(root):
@@ -48,17 +48,8 @@ def find_run(url: str) -> FoundRun:
         raise IncompatibleError(
             f"run {url}: cannot be read: {error.strerror}; expected the folder of a run"
         ) from error
-    storage = LocalStorage(root)
-    return FoundRun(root=root, storage=storage, log=RunLog(storage))
-
-
-def _folder(url: str) -> Path:
-    if not url.startswith("file://"):
-        # Path.expanduser raises for a user who does not exist; as fsspec, take it for a name.
-        return Path(os.path.expanduser(url)).absolute()  # noqa: PTH111
-    from fsspec.core import url_to_fs  # noqa: PLC0415 - 0.1 s, and most runs are named by a path
-
-    return Path(url_to_fs(url)[1])
+    storage = place.storage()
+    return FoundRun(place=place, storage=storage, log=RunLog(storage))
 
 
 def _holds_run(root: Path) -> bool:

@@ -16,7 +16,7 @@ def summarise(run: FoundRun, history: History) -> Summary:
     """Return every key of `runs show --json`, in its order."""
     newest = history.newest
     return {
-        "run": str(run.root),
+        "run": str(run.place),
         "status": history.status,
         "step": history.head.newest_step or 0,
         "epoch": newest.checkpoint.epoch if newest else None if history.head.newest_step else 0.0,

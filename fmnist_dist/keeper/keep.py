@@ -48,7 +48,7 @@ def keep(prepared: Prepared, train: Callable[[Desk], int], phases: Phases) -> in
     """Have trainers train, one after the other, until the run's end; return the exit code."""
     with woken_by_signals() as pipe, handled((*SIGNALS, signal.SIGCHLD), _ignore):
         keeper = Keeper(prepared, train, pipe)
-        with noting_failures(prepared.root, keeper.board):
+        with noting_failures(prepared.place, keeper.board):
             return keeper.run(phases)
 
 
