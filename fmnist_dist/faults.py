@@ -82,16 +82,11 @@ class Faults:
     ) -> Callable[_P, _R]:
         """Return `function` with the faults of a point; itself where there are none.
 
-        `spoil` says how `nan` and `corrupt` change the result; ValueError where one is armed that
-        it does not name.
+        `spoil` says how `nan` and `corrupt` change the result, at the points that have them.
         """
         assert point in POINTS, point
         hooks = spoil or {}
         mine = [(at, fault) for at, fault in enumerate(self._faults) if fault.point == point]
-        for _, fault in mine:
-            if fault.action in _SPOILING and fault.action not in hooks:
-                name = f"{point}:{fault.action}"
-                raise ValueError(f"{FAULTS_VARIABLE}={name}: nothing at {point} can be made so")
         if not mine:
             return function
 
@@ -146,6 +141,9 @@ def _parse(entry: str) -> _Fault:
             raise ValueError(f"{wrong}, {kind} one of {', '.join(names)}{hint}")
     if (found["action"] == "slow") != (found["seconds"] is not None):
         raise ValueError(f"{wrong}, seconds with slow and with nothing else, as in slow=0.5")
+    where = _SPOILING.get(found["action"], found["point"])
+    if where != found["point"]:
+        raise ValueError(f"{wrong}, {found['action']} at {where} and nowhere else")
     first = int(found["first"] or 1)
     always = found["on"] or not found["first"]
     return _Fault(

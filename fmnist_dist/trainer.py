@@ -326,9 +326,11 @@ class Trainer:
         self._held = None
         if self._desk.slots is not None:
             self._desk.slots.clear()
-        if self._roster.rank == 0:
-            held.saves.roll_back(bad_step=error.bad_step, why=str(error))
-        held.close()
+        try:
+            if self._roster.rank == 0:
+                held.saves.roll_back(bad_step=error.bad_step, why=str(error))
+        finally:
+            held.close()
 
     def _say_start(self, held: Held, joined: World) -> None:
         events.set_context(attempt=held.resumption.attempt)

@@ -125,8 +125,9 @@ def test_a_result_is_spoilt_by_the_hook_of_its_caller() -> None:
 
 
 def test_a_fault_that_the_point_cannot_have_is_refused_before_anything_runs() -> None:
-    with pytest.raises(ValueError, match="=data:nan: nothing at data can be made so"):
-        Faults.parse("data:nan").wrap("data", answer)
+    for entry, where in (("data:nan", "forward"), ("save:corrupt", "update")):
+        with pytest.raises(ValueError, match=f"={entry}: .* at {where} and nowhere else"):
+            Faults.parse(entry)
 
 
 @pytest.mark.parametrize(
