@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from typing import ParamSpec, Self, TypeVar
 
 FAULTS_VARIABLE = "FMNIST_DIST_FAULTS"
-DISK_FORM = "disk:kill|tear|full:<n>[:<times>]"
+DISK_FORM = "disk:kill|tear|stop|full:<n>[:<times>]"
 _FORM = f"{DISK_FORM} or <point>:<action>[:<when>][@<rank>]"
 _TRAINING = ("data", "forward", "collective", "update", "evaluate", "save")
 POINTS = ("open", "meeting", "restore", *_TRAINING, "finish")
 ACTIONS = ("crash", "segv", "stop", "exit", "error", "slow", "hang", "spin", "nan", "corrupt")
 _SIGNALS = {"crash": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
-_SPOILING = ("nan", "corrupt")  # done to the result, by a hook of the caller
+_SPOILING = {"nan": "forward", "corrupt": "update"}  # done to the result of a point, by a hook
 _ENTRY = re.compile(
     r"(?P<point>[a-z]+):(?P<action>[a-z]+)(=(?P<seconds>\d+(\.\d+)?))?"
     r"(:(?P<first>[1-9]\d*)((?P<on>\+)|x(?P<times>[1-9]\d*))?)?(@(?P<rank>\d+))?"
