@@ -5,7 +5,10 @@ the watchdog's limits of a trainer's sections are in `keeper.watchdog`.
 """
 
 ROLL_CALL_SECONDS = 120.0  # keepers: a node may still be importing torch from a cold disk
-STORE_SECONDS = 60.0  # one answer of the launcher's store
+STORE_SECONDS = 60.0  # to connect to the launcher's store
+ANSWER_SECONDS = 10.0  # of that store: its host may be cut off, or stopped
+ALIVE_SECONDS = 2.0  # keepers count for the others to see
+SILENT_SECONDS = 20.0  # a keeper that does not count for so long is lost, and its host with it
 FIRST_MEETING_SECONDS = 900.0  # trainers: a node may still be downloading the data set
 MEETING_SECONDS = 60.0  # trainers, after that: a peer may be busy with an evaluation or a save
 EARLY_SAVE_SECONDS = 5.0  # in a meeting; then the state is saved, should nobody come

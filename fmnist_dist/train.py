@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from fmnist_dist import settings
 from fmnist_dist.checkpoint.disk import disk_from
+from fmnist_dist.distributed.interface import interface_towards
 from fmnist_dist.distributed.process import die_with_parent, end_launcher, name_process
 from fmnist_dist.distributed.stop import leaving_at_once
 from fmnist_dist.errors import (
@@ -97,6 +98,8 @@ def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
         is_kept = not launch.config.no_keeper and fork.is_supported()
         roster = call_roll(os.environ, fork=lambda serve: fork.fork(serve, name="fmnist-store"))
         phases.ended("roll_call")
+        if roster.address is not None and (name := interface_towards(*roster.address)) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # what a user has set, stays
         prepared = job.prepare(launch, roster, faults, phases)
     if roster.rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
         _events.warning(

@@ -13,8 +13,9 @@ from fmnist_dist.checkpoint.disk import disk_from
 from fmnist_dist.data.split import Batch
 from fmnist_dist.desk import Desk, Prepared
 from fmnist_dist.distributed import generation, share, world
+from fmnist_dist.distributed.connection import StoreLostError
 from fmnist_dist.distributed.generation import Arrival, Meeting, PeersLeftError
-from fmnist_dist.distributed.roster import StoreKeys, StoreLostError
+from fmnist_dist.distributed.roster import StoreKeys
 from fmnist_dist.distributed.step import Outcome, ShardedStep
 from fmnist_dist.distributed.stop import StopRequest
 from fmnist_dist.distributed.transfer import TornStateError

@@ -9,18 +9,16 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from fmnist_dist import limits
+from fmnist_dist.distributed.connection import Connection
 from fmnist_dist.distributed.meeting import host_meeting, join_meeting
 from fmnist_dist.distributed.process import stat_fields
-from fmnist_dist.errors import TransientError
 
 _SHARED = "fmnist_dist"  # prefix of our keys in the launcher's store
 
@@ -58,8 +56,7 @@ class Roster:
         """Open a connection that this process alone uses. Raises `TransientError`."""
         if self.address is None:
             return dist.HashStore()
-        store = _client(*self.address)
-        return dist.PrefixStore(f"{self.prefix}/{self.nonce}", store)
+        return Connection(*self.address, prefix=f"{self.prefix}/{self.nonce}")
 
 
 def call_roll(environ: Mapping[str, str], *, fork: Callable[[Callable[[], int]], int]) -> Roster:
@@ -79,20 +76,17 @@ def call_roll(environ: Mapping[str, str], *, fork: Callable[[Callable[[], int]],
     address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     if rank == 0 and not from_agent:
         fork(lambda: _serve_store(address[1]))
-    try:
-        store: Any = dist.PrefixStore(prefix, _client(*address))
-        if from_agent:
-            # The launcher's store lives as long as the launch: what stands there first, stays.
-            owner = store.compare_set("owner", "", secrets.token_hex(8)).decode()
-        else:
-            owner = f"{run_id}-{_parent_identity()}"
-        keys = StoreKeys(store)
-        if rank == 0:
-            nonce = host_meeting(keys, world_size=size, limit_seconds=limits.ROLL_CALL_SECONDS)
-        else:
-            nonce = join_meeting(keys, rank=rank, limit_seconds=limits.ROLL_CALL_SECONDS)
-    except dist.DistError as error:
-        raise TransientError(f"the ranks could not meet: {error}") from error
+    store = Connection(*address, prefix=prefix)
+    if from_agent:
+        # The launcher's store lives as long as the launch: what stands there first, stays.
+        owner = store.compare_set("owner", "", secrets.token_hex(8)).decode()
+    else:
+        owner = f"{run_id}-{_parent_identity()}"
+    keys = StoreKeys(store)
+    if rank == 0:
+        nonce = host_meeting(keys, world_size=size, limit_seconds=limits.ROLL_CALL_SECONDS)
+    else:
+        nonce = join_meeting(keys, rank=rank, limit_seconds=limits.ROLL_CALL_SECONDS)
     return Roster(
         rank=rank,
         size=size,
@@ -104,54 +98,23 @@ def call_roll(environ: Mapping[str, str], *, fork: Callable[[Callable[[], int]],
     )
 
 
-class StoreLostError(TransientError):
-    """The launcher's store does not answer any more: its host is gone, and with it the launch."""
-
-
 class StoreKeys:
-    """`meeting.KeyValue` and `generation.KeyValue` on a torch store: nothing here waits.
+    """`meeting.KeyValue` and `generation.KeyValue` on a torch store: nothing here waits."""
 
-    Everything raises `StoreLostError` where the store is gone.
-    """
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
+    def __init__(self, store: dist.Store) -> None:
+        self._store: Any = store
 
     def get(self, key: str) -> str | None:
-        with _naming_a_lost_store():
-            return self._store.get(key).decode() if self._store.check([key]) else None
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
     def set(self, key: str, value: str) -> None:
-        with _naming_a_lost_store():
-            self._store.set(key, value)
+        self._store.set(key, value)
 
     def check(self, keys: list[str]) -> bool:
-        with _naming_a_lost_store():
-            return bool(self._store.check(keys))
+        return bool(self._store.check(keys))
 
     def compare_set(self, key: str, expected: str, desired: str) -> str:
-        with _naming_a_lost_store():
-            return str(self._store.compare_set(key, expected, desired).decode())
-
-
-@contextmanager
-def _naming_a_lost_store() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # `DistError` is one, and old versions of torch raise it bare
-        what = str(error).splitlines()[0]
-        raise StoreLostError(f"the launcher's store is gone ({what})") from error
-
-
-def _client(host: str, port: int) -> dist.Store:
-    timeout = timedelta(seconds=limits.STORE_SECONDS)
-    try:
-        return dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    except (dist.DistError, RuntimeError) as error:
-        raise TransientError(
-            f"the launcher's store at {host}:{port} did not answer in "
-            f"{limits.STORE_SECONDS:g} s: {error}"
-        ) from error
+        return str(self._store.compare_set(key, expected, desired).decode())
 
 
 def _serve_store(port: int) -> NoReturn:

@@ -18,16 +18,18 @@ from functools import partial
 from fmnist_dist import limits
 from fmnist_dist.desk import Desk, Prepared
 from fmnist_dist.distributed import generation
+from fmnist_dist.distributed.connection import StoreLostError
 from fmnist_dist.distributed.generation import Lost
 from fmnist_dist.distributed.process import stat_fields
-from fmnist_dist.distributed.roster import StoreKeys, StoreLostError
+from fmnist_dist.distributed.roster import StoreKeys
 from fmnist_dist.distributed.stop import SIGNALS, handled, woken_by_signals
 from fmnist_dist.errors import INTERRUPTED, ExitCode
-from fmnist_dist.handover.board import Board
+from fmnist_dist.handover.board import Board, Section
 from fmnist_dist.handover.slots import Slots
 from fmnist_dist.held import rehearse
 from fmnist_dist.keeper.deaths import Death, Deaths, GiveUp, Quarantine, cause_of
 from fmnist_dist.keeper.fork import fork
+from fmnist_dist.keeper.peers import Peers
 from fmnist_dist.keeper.rescue import rescue
 from fmnist_dist.keeper.spare import Spare
 from fmnist_dist.keeper.watchdog import Action, StepLimit, Verdict, Watch, judge
@@ -40,6 +42,9 @@ _STACKS_SECONDS = 1.0  # for printing them
 _STDERR = 2  # the descriptor: whatever `sys.stderr` has become
 # A trainer that ends so has said why; another one would end in the same way, or has nothing to do.
 _SAID = {int(code) for code in ExitCode} - {int(ExitCode.BUG)} | {INTERRUPTED}
+
+# There a trainer waits for its peers.
+_WAITS = {Section.MEETING, Section.COLLECTIVE, Section.RESTORE, Section.EVALUATE}
 
 _events = EventLog("fmnist_dist.keeper")
 
@@ -74,6 +79,7 @@ class Keeper:
         self._reported: str | None = None  # the key under which a report stands
         self._suspect: int | None = None
         self._spare: Spare | None = None
+        self._peers = Peers(self._keys, rank=self._rank, size=prepared.roster.size)
         self._forked_at = -1  # the step at which this trainer began
 
     def run(self, phases: Phases) -> int:
@@ -91,10 +97,8 @@ class Keeper:
                     trainer = self._heal(status, died_at)
                     continue
             except (StoreLostError, OSError) as error:
-                code = ExitCode.TRANSIENT
                 _events.error("worker lost, and no new one can start", why=str(error))
-                with contextlib.suppress(OSError):  # no room for a process
-                    self._rescue("survivor", limits.RESCUE_SECONDS)
+                code = self._give_up(ExitCode.TRANSIENT)
             self._say_left(code)
             return code
 
@@ -107,7 +111,14 @@ class Keeper:
         _events.warning("worker lost, a new one takes its place", why=reason)
         return trainer
 
-    def _rescue(self, reason: str, seconds: float) -> bool:
+    def _give_up(self, code: int) -> int:
+        """Save what is left; return the exit code: `code`, unless another has the run."""
+        with contextlib.suppress(OSError):  # no room for a process: checkpoints stay as they are
+            if self._rescue("survivor", limits.RESCUE_SECONDS) == ExitCode.FENCED:
+                return ExitCode.FENCED
+        return code
+
+    def _rescue(self, reason: str, seconds: float) -> int:
         return rescue(self._prepared, self.board, self._slots, reason=reason, seconds=seconds)
 
     def _replace(self, lost: Lost, died_at: float) -> int:
@@ -164,6 +175,7 @@ class Keeper:
             if self._killed_for is None:
                 with contextlib.suppress(StoreLostError):  # the trainer sees it, saves, and ends
                     self._look(trainer, watch)
+                    self._look_around()
             if self._spare is None and self.board.step > self._forked_at:
                 self._prepare_spare()
             if self.board.draining and time.monotonic() > self._kill_at():
@@ -235,6 +247,20 @@ class Keeper:
             case _:
                 pass
 
+    def _look_around(self) -> None:
+        """Count for the others; where this rank waits for them, see whether their hosts live."""
+        now = time.monotonic()
+        self._peers.count(now)
+        section, seconds = self.board.where()
+        if section not in _WAITS or seconds < limits.ALIVE_SECONDS:
+            return
+        for rank in self._peers.silent(now):
+            if rank not in generation.left(self._keys):
+                why = f"no word of its host for {limits.SILENT_SECONDS:g} s"
+                _events.warning("a worker's host is lost", of_rank=rank, why=why)
+                generation.leave(self._keys, rank=rank, reason=why)
+                generation.move(self._keys, failed=self.board.generation)
+
     def _report(self, number: str) -> None:
         """Tell the other keepers in which collective this trainer waits; "": in none any more."""
         key = self._reported or f"stuck/{self.board.generation}/{self._rank}"
@@ -271,8 +297,8 @@ class Keeper:
             return INTERRUPTED
         if self.board.draining:
             left = max(limits.KILL_SECONDS, self.board.drain_deadline - time.monotonic())
-            is_safe = self._rescue("drain", left)
-            return ExitCode.DRAINED if is_safe or self.board.step <= 0 else ExitCode.TRANSIENT
+            code = ExitCode.FINISHED if self.board.step <= 0 else self._rescue("drain", left)
+            return ExitCode.DRAINED if code == ExitCode.FINISHED else code
         return self._consider(status)
 
     def _consider(self, status: int) -> int | None:
@@ -288,12 +314,12 @@ class Keeper:
         )
         match self._deaths.add(death):
             case GiveUp(why):
-                self._rescue("survivor", limits.RESCUE_SECONDS)
+                code = self._give_up(ExitCode.NO_PROGRESS)
                 _events.error(
                     f"no progress: {why}; a restart would end in the same way, see the lines above",
-                    exit_code=int(ExitCode.NO_PROGRESS),
+                    exit_code=code,
                 )
-                return ExitCode.NO_PROGRESS
+                return code
             case Quarantine(index):
                 self._suspect = index
                 self._keys.set("suspect", str(index))  # it is rank 0 that chooses

@@ -17,8 +17,8 @@ from fmnist_dist.telemetry.events import EventLog
 _events = EventLog("fmnist_dist.keeper")
 
 
-def rescue(prepared: Prepared, board: Board, slots: Slots, *, reason: str, seconds: float) -> bool:
-    """Make durable what the dead trainer has left, in a child; return whether it is.
+def rescue(prepared: Prepared, board: Board, slots: Slots, *, reason: str, seconds: float) -> int:
+    """Make durable what the dead trainer has left, in a child; return its exit code.
 
     The keeper itself touches no storage: clients of object stores have threads, which must not
     cross the next fork.
@@ -42,9 +42,10 @@ def rescue(prepared: Prepared, board: Board, slots: Slots, *, reason: str, secon
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status) == ExitCode.FINISHED
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else ExitCode.TRANSIENT  # killed
         time.sleep(limits.LAZY_POLL_SECONDS)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     _events.error("could not save from the keeper's memory in time", seconds=round(seconds, 1))
-    return False
+    return ExitCode.TRANSIENT

@@ -159,7 +159,7 @@ def _kill(what: str, seconds: float) -> Verdict:
     return Verdict(Action.KILL, f"{what} for {seconds:.0f} s")
 
 
-class _Stopwatch:
+class Stopwatch:
     """Counts for how long a value has stood, in seconds through which this process lived."""
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class Watch:
     def __init__(self, board: Board, *, now: float) -> None:
         self._board = board
         self._now = now
-        self._section, self._beat, self._number = _Stopwatch(), _Stopwatch(), _Stopwatch()
+        self._section, self._beat, self._number = Stopwatch(), Stopwatch(), Stopwatch()
 
     def look(self, *, now: float, stopped: bool) -> Reading:
         """Return what the board says now (seconds of `time.monotonic`)."""
