@@ -7,6 +7,7 @@ the same state, and the log admits a step once. Any thread may ask for it.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fmnist_dist import limits
@@ -267,7 +268,12 @@ class Saves:
                 return
             started = time.monotonic()
             snapshot = self._snapshot(state, reason)
-            saved = self._save_with(writer, snapshot)
+            try:
+                saved = self._save_with(writer, snapshot)
+            except StorageError:
+                with suppress(StorageError):  # away for this, too
+                    writer.refresh()  # a newer attempt sweeps files under way: then it is fenced
+                raise
             self._durable_at = time.monotonic()
             self._retry_at = None
             if not saved:  # another rank was faster

@@ -1,7 +1,7 @@
 """The system calls of local storage, one method each, so that each can be a fault point.
 
-`FaultyDisk` is what tests and drills put in its place: it kills the process, or makes the call
-fail, at the n-th operation. A run that is not armed never constructs one.
+`FaultyDisk` is what tests and drills put in its place: it kills or stops the process, or makes the
+call fail, at the n-th operation. A run that is not armed never constructs one.
 """
 
 import errno
@@ -52,11 +52,12 @@ class Disk:
 
 
 class FaultyDisk(Disk):
-    """A disk that kills the process, half-writes or fails at one counted operation.
+    """A disk that kills or stops the process, half-writes or fails at one counted operation.
 
     `action` is `kill` (SIGKILL to this process before the operation), `tear` (half of a write is
-    done, then SIGKILL) or `full` (ENOSPC from this operation on, `times` times). The fault
-    announces itself on stderr first: a test asserts that it really happened.
+    done, then SIGKILL), `stop` (SIGSTOP before the operation, which is done after a SIGCONT) or
+    `full` (ENOSPC from this operation on, `times` times). The fault announces itself on stderr
+    first: a test asserts that it really happened.
     """
 
     def __init__(self, *, action: str, at: int, times: int = 1) -> None:
@@ -112,7 +113,7 @@ class FaultyDisk(Disk):
         sys.stderr.flush()
         if self._action == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if self._action == "stop" else signal.SIGKILL)
 
 
 def disk_from(specification: str | None) -> Disk:
@@ -124,7 +125,7 @@ def disk_from(specification: str | None) -> Disk:
     entry = Faults.parse(specification).disk
     if entry is None:
         return Disk()
-    found = re.fullmatch(r"disk:(kill|tear|full):(\d+)(?::(\d+))?", entry)
+    found = re.fullmatch(r"disk:(kill|tear|stop|full):(\d+)(?::(\d+))?", entry)
     if found is None:
         raise ValueError(f"{FAULTS_VARIABLE}={entry}: expected {DISK_FORM}")
     action, at, times = found.groups()
