@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 from alone import FLAGS, Alone
 from jobs import Job, alive, reached, show, wait_for, wait_for_step
@@ -147,3 +148,42 @@ def test_a_rank_is_drained_in_time_beside_one_that_is_stopped(tmp_path: Path) ->
         assert time.monotonic() - began < 6 + 1
         assert checkpoints(job.run)[-1].step == reached(job.run)[1] >= 5
     assert_sound(job.run)
+
+
+def test_a_signal_to_the_agent_to_all_workers_or_to_every_process_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    for number, whom in enumerate(("the agent", "all workers", "every process"), start=1):
+        job = Job(run, [*FLAGS, *LONG], max_restarts=0, module="train_small")
+        with running(job):
+            wait_for_step(job, 2, attempt=number - 1)
+            agent, workers = [job.process.pid], job.keeper_pids()
+            assert len(workers) == 2
+            everybody = [*agent, *workers, *job.trainer_pids()]
+            chosen = {"the agent": agent, "all workers": workers}.get(whom, everybody)
+            for pid in chosen:
+                os.kill(pid, signal.SIGTERM)
+            text = job.wait()
+        assert job.process.returncode != 0  # it is not finished
+        assert text.count("asked to stop: step ") == 1, text[-5000:]  # rank 0 tells
+        assert "worker lost" not in text
+    assert_nothing_was_lost(run)
+    assert len(show(run)["attempts"]) == 3
+
+
+def test_a_signal_while_the_ranks_heal_loses_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    slow = {"FMNIST_DIST_FAULTS": "meeting:slow=2:2@1"}  # the successor's
+    job = Job(run, [*FLAGS, *LONG], max_restarts=0, module="train_small")
+    with mock.patch.dict(os.environ, slow), running(job):
+        wait_for_step(job, 3)
+        job.kill_trainer(1)
+        wait_for(lambda: "fault: slow at meeting, call 2, rank 1" in job.text(), "the healing")
+        last = reached(run)[1]
+        job.process.send_signal(signal.SIGTERM)
+        text = job.wait()
+    assert "worker lost, a new one takes its place" in text
+    assert "exit_code=143" in text
+    assert checkpoints(run)[-1].step == reached(run)[1] >= last >= 3
+    assert_sound(run)

@@ -1,9 +1,13 @@
 """torchrun's restarts: the trap of its shared store, and what is said where there are none."""
 
+import random
 from pathlib import Path
 
+import pytest
 from in_process import small_run
-from jobs import Job, show, wait_for_step
+from jobs import Job, files_of_newest, ledger, show, wait_for, wait_for_step
+from run_files import assert_sound
+from running import running
 
 FLAGS = ["--batch-size=256", "--save-every-steps=5", "--max-steps=26", "--eval-every-epochs=99"]
 
@@ -28,3 +32,32 @@ def test_a_launcher_without_restarts_is_warned_about(tmp_path: Path) -> None:
         some = run.launch("--max-steps=2", environ={"TORCHELASTIC_MAX_RESTARTS": "3"})
     assert len(none.saying("--max-restarts")) == 1
     assert some.saying("--max-restarts") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_50_keepers_killed_one_after_another_cost_a_restart_each_and_no_step(
+    tmp_path: Path,
+) -> None:
+    kills, flags = 50, ["--batch-size=64", "--max-steps=500", "--eval-every-epochs=99"]
+    seed = random.randrange(2**32)
+    print(f"kills drawn with seed {seed}")
+    draw = random.Random(seed)
+    undisturbed = Job(tmp_path / "undisturbed", flags, module="train_small").start()
+    undisturbed.finish()
+    job = Job(tmp_path / "run", flags, max_restarts=100, module="train_small")
+    with running(job):
+        for kill in range(kills):
+            wait_for_step(job, 0, attempt=kill)
+            first = show(job.run)["attempts"][-1]["first_step"]
+            wait_for_step(job, first + draw.randrange(1, 8), attempt=kill)
+            wait_for(lambda: len(job.trainer_pids()) == 2, "both trainers")
+            job.kill_keeper(draw.randrange(2))
+        text = job.finish()
+    assert text.count(" resumed ") == kills
+    attempts = show(job.run)["attempts"]
+    assert [each["lost_steps"] for each in attempts] == [0] * (kills + 1)
+    assert len({each["owner"] for each in attempts}) == 1  # one torchrun
+    assert_sound(job.run)
+    assert ledger(job.run).returncode == 0
+    assert files_of_newest(job.run) == files_of_newest(undisturbed.run)
