@@ -69,6 +69,8 @@ def hold(
             num_epochs=plan.settings.epochs,
         ),
     )
+    if resumption.parent is not None:
+        progress.saved(resumption.step)
     return Held(
         resumption=resumption,
         config=config,

@@ -16,6 +16,7 @@ from run_files import (
     assert_sound,
     bodies,
     checkpoints,
+    fields_of,
     kinds,
     log_of,
     model_sha256,
@@ -137,6 +138,7 @@ def test_more_steps_on_a_finished_run_lead_where_an_undisturbed_one_stands(run: 
     assert run.launch("--max-steps", "3").code == 0
     ended = run.launch("--max-steps", "6")
     assert ended.saying('resumed  checkpoint="step 3" attempt=2 lost_steps=0')
+    assert fields_of(ended.saying("progress  ")[0])["checkpoint"] == "3"  # of step 4
     assert overrides(run.root) == []  # where to stop shapes nothing
     other = run.beside("undisturbed")
     assert other.launch("--max-steps", "6").code == 0
