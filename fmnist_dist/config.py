@@ -84,7 +84,9 @@ class Config:
         float | None, POSITIVE, _compute("a worker without progress; none = 20 steps", "SECONDS")
     ] = None
     drain_seconds: Annotated[float, POSITIVE, _compute("to save after SIGTERM", "SECONDS")] = 20.0
-    no_keeper: Annotated[bool, _compute("for debuggers: train without a keeper")] = False
+    no_keeper: Annotated[
+        bool, _compute("for debuggers: train without a keeper", has_negative=False)
+    ] = False
 
     save_every_steps: Annotated[int | None, POSITIVE, _saving("between two saves", "STEPS")] = None
     save_every_seconds: Annotated[

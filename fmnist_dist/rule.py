@@ -103,9 +103,17 @@ def rule_of(hint: Any) -> Rule:
     )
 
 
-def flag(group: Group, text: str, metavar: str | None = None) -> Parameter:
-    """Return how a setting looks on the command line; its metavar is its unit."""
-    return Parameter(group=group, help=text, metavar=metavar, converter=_from_tokens)
+def flag(
+    group: Group, text: str, metavar: str | None = None, *, has_negative: bool = True
+) -> Parameter:
+    """Return how a setting looks on the command line; its metavar is its unit.
+
+    A switch has a form that begins with `--no-`, unless its own name is such a one.
+    """
+    negative = None if has_negative else ()
+    return Parameter(
+        group=group, help=text, metavar=metavar, converter=_from_tokens, negative=negative
+    )
 
 
 def _from_tokens(kind: Any, tokens: tuple[Token, ...]) -> object:

@@ -150,6 +150,26 @@ def test_a_switch_has_a_negative_form_and_nothing_else_has() -> None:
     )
 
 
+def test_a_switch_whose_name_is_negative_has_that_form_only(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("no-keeper = true\n")
+    for launch in (
+        load(["--no-keeper"], {}),
+        load([], {"FMNIST_DIST_NO_KEEPER": "true"}),
+        load(["--config", str(path)], {}),
+    ):
+        assert launch.explicit == {"no_keeper": True}
+    off = load([], {"FMNIST_DIST_NO_KEEPER": "false"})
+    assert off.explicit == {"no_keeper": False}
+    for wrong in ("--no-no-keeper", "--keeper"):
+        said = f"flag {wrong}: there is no such flag; did you mean --no-keeper?"
+        assert refused(wrong) == said
+    page = settings("--help", COLUMNS="100").stdout
+    assert "  --no-keeper  " in page
+    assert "--[no-]single-writer" in page
+    assert "no-no" not in page
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
