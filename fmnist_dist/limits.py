@@ -22,9 +22,20 @@ LAZY_POLL_SECONDS = 0.01  # between two looks at something that may take long
 ROLL_CALL_POLL_SECONDS = 0.005  # of keepers at the store
 LOOKOUT_SECONDS = 0.1  # between two looks of a trainer's second thread
 KEEPER_SECONDS = 0.2  # between two looks of a keeper at its trainer
+STACKS_SECONDS = 1.0  # a stuck trainer gets to print the stacks of its threads
+DEATH_SECONDS = 30.0  # of a trainer that was killed; what waits for a dead disk does not die
 KILL_SECONDS = 1.0  # what a keeper keeps of a drain's time: to kill, and to save in its place
 RESCUE_SECONDS = 30.0  # saving from the keeper's memory
 SAVE_RETRY_SECONDS = 5.0  # after a save that failed; storage that is full stays so for a while
+SAY_SECONDS = 5.0  # rank 0 says what is wrong, before torchrun ends it because another rank ended
+WEB_SILENCE_SECONDS = 20.0  # of a download without a single byte, until one attempt is given up
+WEB_SECONDS = 300.0  # for all files of a data set, so that a trickle is given up too
+WEB_PAUSE_SECONDS = 1.0  # before the second try; doubles
+APT_SECONDS = 120.0  # each of at most four commands: 31 MB of package, 10 MB of lists
+APT_SILENCE_SECONDS = 20  # of apt's own downloads
+# Longer than all limits of one fetch together, so that it passes only when the holder of the data
+# set's lock hangs where no limit of ours reaches, say on a dead disk.
+DATA_LOCK_SECONDS = 900.0
 
 
 def poll_seconds(waited: float) -> float:

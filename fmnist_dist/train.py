@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from fmnist_dist import settings
+from fmnist_dist import limits, settings
 from fmnist_dist.checkpoint.disk import disk_from
 from fmnist_dist.distributed.interface import interface_towards
 from fmnist_dist.distributed.process import die_with_parent, end_launcher, name_process
@@ -28,8 +28,6 @@ from fmnist_dist.settings import Launch
 from fmnist_dist.telemetry import events
 from fmnist_dist.telemetry.events import EventLog
 from fmnist_dist.telemetry.phases import Phases
-
-_PEER_SECONDS = 5.0  # rank 0 says what is wrong; time for it to do so before torchrun ends it
 
 _FINAL = {
     ExitCode.USAGE,
@@ -62,7 +60,7 @@ def _run() -> int:
         if rank == 0:  # the same line from each rank would not help
             print(f"fmnist_dist.train: {error}", file=sys.stderr)
         else:
-            time.sleep(_PEER_SECONDS)
+            time.sleep(limits.SAY_SECONDS)
         return error.exit_code
     events.configure(log_format=launch.config.log_format, rank=rank, stream=sys.stderr)
     # Before torch and NumPy are imported: threads must not cross the keeper's fork.
@@ -132,7 +130,7 @@ def _code_of(action: Callable[[], int]) -> int:
     try:
         return action()
     except PeerFailedError as error:
-        time.sleep(_PEER_SECONDS)
+        time.sleep(limits.SAY_SECONDS)
         return error.code
     except Drained as drained:
         _say_drained(drained)

@@ -25,7 +25,7 @@ from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.errors import ExitCode, UsageError
 from fmnist_dist.usage import columns, run_app
-from launch.launched import HangError, Launched, kill, reached, state
+from launch.launched import LIMIT_SECONDS, HangError, Launched, kill, reached, state
 
 _USAGE = 64
 _FENCED = f"exit_code={int(ExitCode.FENCED)}"
@@ -290,7 +290,7 @@ def _runs(command: str, run: Path, *flags: str) -> subprocess.CompletedProcess[s
         [sys.executable, "-m", "fmnist_dist.runs", command, str(run), *flags],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_SECONDS,
         check=False,
     )
 

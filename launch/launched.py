@@ -78,7 +78,7 @@ class Launched:
             kill(process, signal.SIGCONT)
         if not self.has_ended:
             self.agent.kill()
-            self.agent.wait()
+            self.agent.wait(LIMIT_SECONDS)
 
 
 def reached(run: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from published import (
     write_folder,
 )
 
+from fmnist_dist import limits
 from fmnist_dist.data import apt, sources
 from fmnist_dist.data.dataset import FASHION_MNIST, load
 from fmnist_dist.data.files import SourceUnavailableError, read_folder
@@ -131,7 +132,7 @@ def test_an_apt_that_hangs_is_ended_with_its_helpers(
         path.write_text(f"#!/bin/sh\nsleep 600 &\necho $! >> {helper_pid}\nwait\n")
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(apt, "_COMMAND_SECONDS", 0.5)
+    monkeypatch.setattr(limits, "APT_SECONDS", 0.5)
     with pytest.raises(SourceUnavailableError, match="apt-get -q update did not end within"):
         apt.download("some-package", TABLE, folder=Path("/usr/share/some"))
     pids = [int(line) for line in helper_pid.read_text().split()]

@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fmnist_dist import limits
 from fmnist_dist.data.files import Contents, DataFile, SourceUnavailableError, read_folder
 
-_COMMAND_SECONDS = 120.0  # each of at most four commands: 31 MB of package, 10 MB of lists
 _NETWORK_OPTIONS = (
     "Acquire::Retries=1",
-    "Acquire::http::Timeout=20",
-    "Acquire::https::Timeout=20",
+    f"Acquire::http::Timeout={limits.APT_SILENCE_SECONDS}",
+    f"Acquire::https::Timeout={limits.APT_SILENCE_SECONDS}",
     "Acquire::Languages=none",
 )
 
@@ -86,10 +86,10 @@ def _run(command: list[str], scratch: Path) -> None:
         ) as process,
     ):
         try:
-            status = process.wait(timeout=_COMMAND_SECONDS)
+            status = process.wait(timeout=limits.APT_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise SourceUnavailableError(
-                f"{_shown(command)} did not end within {_COMMAND_SECONDS:.0f} s"
+                f"{_shown(command)} did not end within {limits.APT_SECONDS:.0f} s"
             ) from error
         finally:
             if process.returncode is None:

@@ -20,13 +20,11 @@ import filelock
 import numpy as np
 from numpy.typing import NDArray
 
+from fmnist_dist import limits
 from fmnist_dist.data.files import Contents, DataFile, verified
 from fmnist_dist.errors import DataDamagedError, TransientError
 
 _log = logging.getLogger("fmnist_dist.data")
-# Longer than all time limits of one fetch together (apt.py: 4 x 120 s; web.py: 300 s), so that it
-# passes only when the holder hangs where no limit of ours reaches, say on a dead disk.
-LOCK_SECONDS = 900.0
 _LOCK_NAME = ".lock"
 _TEMPORARY_SUFFIX = ".tmp"
 
@@ -47,7 +45,7 @@ def load(
     *,
     folder: Path | None,
     fetch: Callable[[], Contents],
-    lock_seconds: float = LOCK_SECONDS,
+    lock_seconds: float = limits.DATA_LOCK_SECONDS,
 ) -> Contents:
     """Return the decoded `files`, mapped from `folder`; call `fetch` only if they are not there.
 

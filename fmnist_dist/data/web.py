@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fmnist_dist import limits
 from fmnist_dist.data.files import Contents, DataFile, SourceUnavailableError, gunzip
 
 _log = logging.getLogger("fmnist_dist.data")
@@ -21,10 +22,10 @@ _FIRST_SERVER_ERROR = 500
 class Patience:
     """How long to try."""
 
-    silence_seconds: float = 20.0  # without a single byte, until one attempt is given up
-    total_seconds: float = 300.0  # for all files, so that a trickle is given up too
+    silence_seconds: float = limits.WEB_SILENCE_SECONDS
+    total_seconds: float = limits.WEB_SECONDS
     num_tries: int = 3  # only for what may pass: time-outs, broken connections, status 5xx
-    pause_seconds: float = 1.0  # before the second try; doubles
+    pause_seconds: float = limits.WEB_PAUSE_SECONDS
 
 
 def download(

@@ -11,12 +11,14 @@ are read as flat memory.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fmnist_dist import limits
 from fmnist_dist.distributed.tree import Carry, Node, combine, owned
 from fmnist_dist.plan import shards_of_rank
 
@@ -66,7 +68,9 @@ class GradientTree:
         self._last = 0
         # Above `_GATHER_UP_TO` a bucket takes two collectives. The second has its own group (each
         # group must see the same order on all ranks) and thread (gloo's own must not wait).
-        self._second: Any = dist.new_group() if layout.world_size > _GATHER_UP_TO else None
+        self._second: Any = None
+        if layout.world_size > _GATHER_UP_TO:
+            self._second = dist.new_group(timeout=timedelta(seconds=limits.COLLECTIVE_SECONDS))
         self._thread = ThreadPoolExecutor(1, "reduce") if self._second else None
 
     def begin(self, shards: Sequence[int]) -> None:

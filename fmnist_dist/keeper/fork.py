@@ -7,14 +7,20 @@ on that thread, which outlives the child: the parent-death signal follows the th
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 
+from fmnist_dist import limits
 from fmnist_dist.distributed.process import die_with, name_process, open_sockets
-from fmnist_dist.errors import ExitCode
+from fmnist_dist.errors import ExitCode, TransientError
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 _STDERR = 2
+
+
+class NoRoomError(TransientError):
+    """The system has no room for another process: too many, or too little memory."""
 
 
 def is_supported() -> bool:
@@ -26,21 +32,20 @@ def fork(function: Callable[[], int], *, name: str, close: Iterable[int] = ()) -
     """Run `function` in a child, whose exit code it returns; return the child's process id.
 
     The child has a process group of its own, dies with this process, and is called `name`. It has
-    none of this process's sockets, nor the descriptors `close`. Raises OSError where there is no
-    room for another process.
+    none of this process's sockets, nor the descriptors `close`. Raises `NoRoomError`.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
     # Until the child has its own handlers, a signal to it must not run those of the keeper.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     try:
         child = os.fork()
-    except OSError:  # no room for another process: this one goes on as it was
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-        raise
+    except OSError as error:  # this process goes on as it was
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise NoRoomError(f"no room for another process: {error.strerror}") from error
     if child:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return child
     code: int = ExitCode.BUG
     try:
@@ -50,7 +55,7 @@ def fork(function: Callable[[], int], *, name: str, close: Iterable[int] = ()) -
         _begin_anew(close)
         code = function()
     except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else ExitCode.BUG
+        code = _code_of(leaving)
     except BaseException:  # noqa: BLE001 - told here, and by the exit code: nobody else can
         traceback.print_exc()
     finally:
@@ -60,6 +65,25 @@ def fork(function: Callable[[], int], *, name: str, close: Iterable[int] = ()) -
         finally:
             # Not `sys.exit`: what the keeper has opened is not this process's to close.
             os._exit(code)
+
+
+def end_of(child: int, deadline: float) -> int | None:
+    """Return a child's wait status when it has ended, None if it has not by the deadline."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(limits.LAZY_POLL_SECONDS)
+
+
+def _code_of(leaving: SystemExit) -> int:
+    """Return what the interpreter would end with; a text is told, as it would be there."""
+    if leaving.code is None or isinstance(leaving.code, int):
+        return leaving.code or ExitCode.FINISHED
+    print(leaving.code, file=sys.stderr)  # noqa: T201 - to the place where tracebacks go
+    return ExitCode.BUG
 
 
 def _begin_anew(close: Iterable[int]) -> None:

@@ -23,12 +23,12 @@ from fmnist_dist.distributed.generation import Lost
 from fmnist_dist.distributed.process import stat_fields
 from fmnist_dist.distributed.roster import StoreKeys
 from fmnist_dist.distributed.stop import SIGNALS, handled, woken_by_signals
-from fmnist_dist.errors import INTERRUPTED, ExitCode
+from fmnist_dist.errors import INTERRUPTED, ExitCode, TransientError
 from fmnist_dist.handover.board import Board, Section
 from fmnist_dist.handover.slots import Slots
 from fmnist_dist.held import rehearse
 from fmnist_dist.keeper.deaths import Death, Deaths, GiveUp, Quarantine, cause_of
-from fmnist_dist.keeper.fork import fork
+from fmnist_dist.keeper.fork import NoRoomError, fork
 from fmnist_dist.keeper.peers import Peers
 from fmnist_dist.keeper.rescue import rescue
 from fmnist_dist.keeper.spare import Spare
@@ -38,7 +38,6 @@ from fmnist_dist.telemetry.events import EventLog
 from fmnist_dist.telemetry.phases import Phases
 
 STACKS_SIGNAL = signal.SIGUSR2  # a trainer prints the stacks of its threads
-_STACKS_SECONDS = 1.0  # for printing them
 _STDERR = 2  # the descriptor: whatever `sys.stderr` has become
 # A trainer that ends so has said why; another one would end in the same way, or has nothing to do.
 _SAID = {int(code) for code in ExitCode} - {int(ExitCode.BUG)} | {INTERRUPTED}
@@ -74,6 +73,8 @@ class Keeper:
         self._deaths = Deaths()
         self._interrupts = 0
         self._killed_for: str | None = None  # why this keeper has killed its trainer
+        self._dead_by = float("inf")  # when that one must have died
+        self._has_said_lost = False  # that the store is
         self._told_at: float | None = None  # when this trainer was told to regroup, and where
         self._told_in = (0, 0)
         self._reported: str | None = None  # the key under which a report stands
@@ -92,11 +93,14 @@ class Keeper:
             status = self._watch(trainer)
             died_at = time.monotonic()
             try:
-                code = self._end(status)
-                if code is None:
+                if status is None:
+                    code = self._abandon()
+                elif (ends_with := self._end(status)) is not None:
+                    code = ends_with
+                else:
                     trainer = self._heal(status, died_at)
                     continue
-            except (StoreLostError, OSError) as error:
+            except (TransientError, OSError) as error:  # no store, no room for a process
                 _events.error("worker lost, and no new one can start", why=str(error))
                 code = self._give_up(ExitCode.TRANSIENT)
             self._say_left(code)
@@ -111,12 +115,23 @@ class Keeper:
         _events.warning("worker lost, a new one takes its place", why=reason)
         return trainer
 
+    def _abandon(self) -> int:
+        """Leave a trainer that does not die to the kernel; return the exit code."""
+        _events.error(
+            "worker was killed and does not die: the kernel keeps it, perhaps for a dead disk",
+            why=self._killed_for,
+            seconds=limits.DEATH_SECONDS,
+        )
+        return self._give_up(ExitCode.TRANSIENT)
+
     def _give_up(self, code: int) -> int:
         """Save what is left; return the exit code: `code`, unless another has the run."""
-        with contextlib.suppress(OSError):  # no room for a process: checkpoints stay as they are
-            if self._rescue("survivor", limits.RESCUE_SECONDS) == ExitCode.FENCED:
-                return ExitCode.FENCED
-        return code
+        try:
+            saved = self._rescue("survivor", limits.RESCUE_SECONDS)
+        except NoRoomError as error:  # checkpoints stay as they are
+            _events.error("could not save from the keeper's memory", why=str(error))
+            return code
+        return ExitCode.FENCED if saved == ExitCode.FENCED else code
 
     def _rescue(self, reason: str, seconds: float) -> int:
         return rescue(self._prepared, self.board, self._slots, reason=reason, seconds=seconds)
@@ -161,8 +176,8 @@ class Keeper:
         faulthandler.register(STACKS_SIGNAL, file=_STDERR, all_threads=True)
         return self._train(desk)
 
-    def _watch(self, trainer: int) -> int:
-        """Return the wait status of the trainer, when it has ended."""
+    def _watch(self, trainer: int) -> int | None:
+        """Return the wait status of the trainer, when it has ended; None if no kill can end it."""
         watch = Watch(self.board, now=time.monotonic())
         if self.board.draining:
             os.kill(trainer, signal.SIGTERM)
@@ -173,9 +188,13 @@ class Keeper:
             if done:
                 return status
             if self._killed_for is None:
-                with contextlib.suppress(StoreLostError):  # the trainer sees it, saves, and ends
+                try:
                     self._look(trainer, watch)
                     self._look_around()
+                except StoreLostError as error:
+                    self._say_store_lost(error)
+            elif time.monotonic() > self._dead_by:
+                return None
             if self._spare is None and self.board.step > self._forked_at:
                 self._prepare_spare()
             if self.board.draining and time.monotonic() > self._kill_at():
@@ -184,7 +203,7 @@ class Keeper:
     def _prepare_spare(self) -> None:
         try:
             self._spare = Spare(self._rehearse, close=self._pipe)
-        except OSError as error:  # training needs none: this trainer goes on without
+        except (NoRoomError, OSError) as error:  # this trainer goes on without
             self._forked_at = sys.maxsize
             _events.warning("no room for a spare worker", why=str(error))
 
@@ -280,11 +299,12 @@ class Keeper:
         _events.error("worker stuck: the stacks of its threads follow", why=reason)
         os.kill(trainer, STACKS_SIGNAL)
         os.kill(trainer, signal.SIGCONT)
-        time.sleep(_STACKS_SECONDS)
+        time.sleep(limits.STACKS_SECONDS)
 
     def _kill(self, trainer: int, why: str) -> None:
         if self._killed_for is None:
             self._killed_for = why
+            self._dead_by = time.monotonic() + limits.DEATH_SECONDS
             os.kill(trainer, signal.SIGKILL)
 
     def _end(self, status: int) -> int | None:
@@ -327,6 +347,12 @@ class Keeper:
             case _:
                 pass
         return None
+
+    def _say_store_lost(self, error: StoreLostError) -> None:
+        """Tell it once. The trainer finds it out when it needs its peers, saves, and ends."""
+        if not self._has_said_lost:
+            _events.warning("no lost worker can be replaced any more", why=str(error))
+            self._has_said_lost = True
 
     def _say_left(self, code: int) -> None:
         with contextlib.suppress(StoreLostError):  # nobody is left to be told

@@ -11,7 +11,8 @@ from fmnist_dist.errors import ExitCode, FmnistDistError
 from fmnist_dist.handover.board import Board
 from fmnist_dist.handover.slots import Slots
 from fmnist_dist.held import inherit
-from fmnist_dist.keeper.fork import fork
+from fmnist_dist.keeper.deaths import cause_of
+from fmnist_dist.keeper.fork import end_of, fork
 from fmnist_dist.telemetry.events import EventLog
 
 _events = EventLog("fmnist_dist.keeper")
@@ -28,6 +29,7 @@ def rescue(prepared: Prepared, board: Board, slots: Slots, *, reason: str, secon
         device = world.device_of("cpu", local_rank=0)
         held = inherit(prepared, Desk(board=board, slots=slots), device)
         if held is None:
+            _events.error("nothing to save: no whole state is left in the keeper's memory")
             return ExitCode.TRANSIENT
         try:
             held.saves.secure(held.state, reason=reason, seconds=seconds)
@@ -39,13 +41,15 @@ def rescue(prepared: Prepared, board: Board, slots: Slots, *, reason: str, secon
 
     child = fork(save, name="fmnist-rescue")
     deadline = time.monotonic() + seconds + limits.KILL_SECONDS
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else ExitCode.TRANSIENT  # killed
-        time.sleep(limits.LAZY_POLL_SECONDS)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    _events.error("could not save from the keeper's memory in time", seconds=round(seconds, 1))
-    return ExitCode.TRANSIENT
+    status = end_of(child, deadline)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        # Not for ever: one that waits for a dead disk cannot even be killed, and dies afterwards.
+        end_of(child, time.monotonic() + limits.KILL_SECONDS)
+        _events.error("could not save from the keeper's memory in time", seconds=round(seconds, 1))
+        return ExitCode.TRANSIENT
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        _events.error("could not save from the keeper's memory", why=cause_of(status)[0])
+        return ExitCode.TRANSIENT
+    return code

@@ -8,13 +8,19 @@ its keeper calls it. It holds no connection.
 import json
 import os
 import select
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
+from fmnist_dist import limits
 from fmnist_dist.distributed.generation import Lost
 from fmnist_dist.distributed.process import name_process
 from fmnist_dist.errors import ExitCode
-from fmnist_dist.keeper.fork import fork
+from fmnist_dist.keeper.deaths import cause_of
+from fmnist_dist.keeper.fork import NoRoomError, end_of, fork
+from fmnist_dist.telemetry.events import EventLog
+
+_events = EventLog("fmnist_dist.keeper")
 
 
 class Spare:
@@ -29,7 +35,7 @@ class Spare:
         """Fork it. `rehearse` runs there at once; what it returns runs when the spare is called.
 
         `rehearse` is given a look at whether that is so, to leave out what it need not do.
-        Raises OSError where there is no room for another process.
+        Raises `NoRoomError`, and OSError where there is no descriptor left.
         """
         readable, writable = os.pipe2(os.O_CLOEXEC)
 
@@ -44,7 +50,7 @@ class Spare:
 
         try:
             self.process = fork(wait_for_call, name="fmnist-spare", close=(*close, writable))
-        except OSError:
+        except NoRoomError:
             os.close(writable)
             raise
         finally:
@@ -54,14 +60,19 @@ class Spare:
     def call(self, lost: Lost, *, died_at: float) -> bool:
         """Make it the trainer; False if it is gone."""
         told = json.dumps([asdict(lost), died_at]).encode()
+        status = self._status()
         try:
-            gone, _ = os.waitpid(self.process, os.WNOHANG)
-            if gone:
-                return False
-            os.write(self._writable, told)
-        except BrokenPipeError:  # killed since
-            os.waitpid(self.process, 0)
-            return False
+            if status is None:
+                os.write(self._writable, told)
+                return True
+        except BrokenPipeError:  # killed since: nobody else has the other end
+            status = end_of(self.process, time.monotonic() + limits.KILL_SECONDS)
         finally:
             os.close(self._writable)
-        return True
+        why = cause_of(status)[0] if status is not None else "it closed its pipe"
+        _events.warning("the spare worker was lost too", why=why)
+        return False
+
+    def _status(self) -> int | None:
+        done, status = os.waitpid(self.process, os.WNOHANG)
+        return status if done else None
