@@ -65,7 +65,7 @@ def _run() -> int:
     events.configure(log_format=launch.config.log_format, rank=rank, stream=sys.stderr)
     # Before torch and NumPy are imported: threads must not cross the keeper's fork.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's, at its import; it has nothing to multiply
     return _code_of(lambda: _keep(launch, faults, phases))
 
 

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 from alone import FLAGS, Alone
 from in_process import clean_environ, in_child, small_run
 from jobs import ROOT, Job, alive, files_of_newest, ledger, reached, show, wait_for, wait_for_step
+from launcherless import Launcherless, free_port
 from run_files import assert_sound, bodies, checkpoints, records
 from running import running
 
@@ -240,67 +240,13 @@ def test_a_bit_that_flips_in_one_ranks_memory_is_found_and_never_saved(tmp_path:
     assert files_of_newest(run) == files_of_newest(tmp_path / "undisturbed")
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-class Launcherless:
-    """Two ranks that nobody launched together: rank 0's keeper serves their store."""
-
-    def __init__(self, run: Path, *flags: str) -> None:
-        self.run = run
-        self.logs = [run.parent / f"rank-{rank}.log" for rank in range(2)]
-        port = free_port()
-        self.processes = [self._start(rank, port, flags) for rank in range(2)]
-
-    def _start(self, rank: int, port: int, flags: tuple[str, ...]) -> "subprocess.Popen[bytes]":
-        environ = {
-            **clean_environ(),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        with self.logs[rank].open("w") as output:
-            return subprocess.Popen(
-                [sys.executable, "-m", "train_small", "--run-dir", str(self.run), *FLAGS, *flags],
-                cwd=ROOT,
-                env=environ,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def store(self) -> int:
-        """Return the process that serves the store."""
-        for path in Path("/proc").glob("[0-9]*/comm"):
-            try:
-                parent = (path.parent / "stat").read_text().rpartition(")")[2].split()[1]
-                mine = int(parent) == self.processes[0].pid
-                if mine and path.read_text() == "fmnist-store\n":
-                    return int(path.parent.name)
-            except OSError:
-                continue
-        return 0
-
-    def text(self) -> str:
-        return "".join(log.read_text() for log in self.logs)
-
-
 @pytest.fixture
 def launcherless(tmp_path: Path) -> Iterator[Launcherless]:
     job = Launcherless(tmp_path / "run", "--max-steps=1000", "--eval-every-epochs=99")
     try:
         yield job
     finally:
-        for process in job.processes:
-            process.kill()
-            process.wait()
+        job.end()
 
 
 def test_ranks_that_lose_the_launchers_store_save_and_end(launcherless: Launcherless) -> None:
