@@ -66,6 +66,12 @@ class FencedError(FmnistDistError):
     exit_code = ExitCode.FENCED
 
 
+class OvertakenError(FencedError):
+    """The newer attempt is one of this same launch, which goes on elsewhere: a restart joins it."""
+
+    exit_code = ExitCode.TRANSIENT
+
+
 class IncompatibleError(FmnistDistError):
     """The run, the settings and the storage do not fit together. A restart cannot help."""
 

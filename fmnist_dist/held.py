@@ -96,7 +96,12 @@ def inherit(prepared: Prepared, desk: Desk, device: torch.device) -> Held | None
     told = desk.board.resumption
     if slot is None or told is None:
         return None
-    run = follow_run(prepared.launch, prepared.place, Resumption.from_json(told))
+    run = follow_run(
+        prepared.launch,
+        prepared.place,
+        Resumption.from_json(told),
+        agents=prepared.roster.agents,
+    )
     held = hold(prepared, run, device, rehearsed=desk.rehearsed)
     held.state.load_image(slot.data)
     return held

@@ -1,7 +1,7 @@
 """Opening a run: rank 0 takes it over, all other ranks are told where training goes on."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -30,7 +30,7 @@ from fmnist_dist.errors import (
 )
 from fmnist_dist.handover.board import Board
 from fmnist_dist.settings import Launch
-from fmnist_dist.takeover import Resumption, read_terms, take_over
+from fmnist_dist.takeover import Resumption, owner_of, read_terms, take_over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def open_run(
     place: Place,
     *,
     disk: Disk,
-    owner: str,
+    agents: Sequence[str],
     num_samples: int,
     known: str | None,
     suspect: int | None,
@@ -94,12 +94,14 @@ def open_run(
         _check_shared(log, place, resumption)
         is_new = joined.hear("files") != "none"
         files = unpack(broadcast(joined, None, source=0, key="files")) if is_new else {}
-        return follow_run(launch, place, resumption, files=files)
+        return follow_run(launch, place, resumption, agents=agents, files=files)
     storage = place.storage(single_writer=launch.config.single_writer, disk=disk)
     if known is not None:
         joined.tell("resumption", known)
         joined.tell("files", "none")
-        return follow_run(launch, place, Resumption.from_json(known), storage=storage)
+        return follow_run(
+            launch, place, Resumption.from_json(known), agents=agents, storage=storage
+        )
     try:
         log = RunLog(storage)
         taken = _take_over(
@@ -108,7 +110,7 @@ def open_run(
             storage,
             log,
             place,
-            owner=owner,
+            agents=agents,
             num_samples=num_samples,
             suspect=suspect,
         )
@@ -134,6 +136,7 @@ def follow_run(
     place: Place,
     resumption: Resumption,
     *,
+    agents: Sequence[str],
     storage: Storage | None = None,
     files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Run:
@@ -142,7 +145,9 @@ def follow_run(
     log = RunLog(used)
 
     def follow() -> RunWriter:
-        return RunWriter.follow(used, log, attempt=resumption.attempt, parent=resumption.parent)
+        return RunWriter.follow(
+            used, log, attempt=resumption.attempt, parent=resumption.parent, kin=agents
+        )
 
     return Run(log=log, write=follow, resumption=resumption, files=files)
 
@@ -154,7 +159,7 @@ def _take_over(
     log: RunLog,
     place: Place,
     *,
-    owner: str,
+    agents: Sequence[str],
     num_samples: int,
     suspect: int | None,
 ) -> tuple[RunWriter, Resumption, Restored | None] | None:
@@ -162,6 +167,7 @@ def _take_over(
     terms = read_terms(log, head, launch, num_samples=num_samples)
     if terms.done:
         return None
+    owner = owner_of(log, head, agents)
     _refuse_repetition(log, head, place, owner=owner)
 
     def lost_steps(attempt: int, step: int) -> int | None:
@@ -174,6 +180,7 @@ def _take_over(
         launch,
         terms,
         owner=owner,
+        agents=agents,
         world_size=joined.size,
         num_samples=num_samples,
         fingerprint=fingerprint(joined.device),

@@ -7,7 +7,7 @@ was folded; overrides become durable before a step runs with them; orphans are s
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,7 @@ def take_over(
     terms: Terms,
     *,
     owner: str,
+    agents: Sequence[str],
     world_size: int,
     num_samples: int,
     fingerprint: dict[str, str],
@@ -174,7 +175,8 @@ def take_over(
 
     `terms` are those that the caller read; they are read again for the head that is appended to.
     `lost_steps(attempt, step)` returns how many steps an attempt had got past `step`, if known.
-    `suspect` is the record of a checkpoint that goes into quarantine first.
+    `suspect` is the record of a checkpoint that goes into quarantine first. `owner` is one of
+    `agents`, those of this launch (`owner_of`).
     Raises `FencedError`, `IncompatibleError`, `UsageError`, `DataDamagedError`, `StorageError`.
     """
 
@@ -200,7 +202,7 @@ def take_over(
             same_bits=before is None or before.attempt.fingerprint == fingerprint,
         )
 
-    writer = RunWriter.begin(storage, log, owner=owner, make=make)
+    writer = RunWriter.begin(storage, log, owner=owner, make=make, kin=agents)
     head = writer.head
     if not head.same_bits:
         _events.warning(
@@ -246,6 +248,19 @@ def take_over(
         parent=restored.commit.index if restored else None,
     )
     return writer, resumption, restored
+
+
+def owner_of(log: RunLog, head: Head, agents: Sequence[str]) -> str:
+    """Return the name under which this launch has the run: that of one of its agents.
+
+    Agents come and go, and the first rank is not always the same one's. While the agent that gave
+    the name is among them, the launch keeps it. Where it is not, another one that has had the run
+    before was superseded, by this launch or by another one, which nobody can tell any more.
+    """
+    if head.owner is None or head.owner in agents:
+        return head.owner or agents[0]
+    superseded = {each.attempt.owner for each in lineage.attempts(log, head)}
+    return next((each for each in agents if each not in superseded), agents[0])
 
 
 def _sweep(writer: RunWriter) -> None:

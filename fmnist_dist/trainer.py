@@ -289,7 +289,7 @@ class Trainer:
             joined,
             self._prepared.place,
             disk=disk_from(self._prepared.faults.disk),
-            owner=self._roster.owner,
+            agents=self._roster.agents,
             num_samples=self._prepared.num_samples,
             known=board.resumption if source is not None else None,
             suspect=self._desk.suspect or _number(self._keys.get("suspect")),

@@ -97,7 +97,7 @@ def test_a_worker_that_is_killed_more_often_than_crashes_are_forgiven_is_still_r
 @contextmanager
 def one_owner() -> Iterator[None]:
     """Make all launches restarts of one launch, as an agent's are."""
-    place = replace(Roster.alone(), owner="the-owner")
+    place = replace(Roster.alone(), agents=("the-owner",))
     with mock.patch.object(Roster, "alone", return_value=place):
         yield
 

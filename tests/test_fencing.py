@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -32,8 +33,8 @@ def run(tmp_path: Path) -> Iterator[SmallRun]:
 def take_over(root: Path) -> None:
     """Append what a launch by another owner appends first."""
     log = log_of(root)
-    newest = bodies(root, Attempt)[-1]
-    RunWriter.begin(LocalStorage(root), log, owner="another", make=lambda _: newest)
+    another = replace(bodies(root, Attempt)[-1], owner="another")
+    RunWriter.begin(LocalStorage(root), log, owner="another", make=lambda _: another)
 
 
 def test_a_superseded_attempt_stops_at_its_next_commit_and_leaves_nothing(run: SmallRun) -> None:

@@ -4,6 +4,7 @@ At every storage operation, in a world of one without a keeper, and with all pro
 Its replacement is itself in the middle of an operation when the frozen one goes on.
 """
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -287,10 +288,10 @@ def job(tmp_path: Path) -> Iterator[Alone]:
 
 def replace_by_hand(root: Path) -> RunWriter:
     """Do what another launch does first: take the run over, choose a checkpoint, and sweep."""
-    newest = bodies(root, Attempt)[-1]
+    another = dataclasses.replace(bodies(root, Attempt)[-1], owner="another")
 
     def make(_: Head) -> Attempt:
-        return newest
+        return another
 
     writer = RunWriter.begin(LocalStorage(root), log_of(root), owner="another", make=make)
     assert writer.choose(report=pytest.fail) is not None

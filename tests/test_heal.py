@@ -272,7 +272,7 @@ from fmnist_dist.distributed.roster import Roster
 from fmnist_dist.errors import PeerLostError
 rank, port = map(int, sys.argv[1:])
 host = "127.0.0.1"
-names = {"owner": "owner", "nonce": "nonce", "prefix": "prefix"}
+names = {"agents": ("agent",), "nonce": "nonce", "prefix": "prefix"}
 roster = Roster(rank=rank, size=2, local_rank=rank, address=(host, port), **names)
 server = dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
 cpu = torch.device("cpu")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from fmnist_dist import limits
-from fmnist_dist.distributed.meeting import KeyValue, host_meeting, join_meeting
+from fmnist_dist.distributed.meeting import KeyValue, host_meeting, join_meeting, names_at
 from fmnist_dist.errors import ExitCode, TransientError
 
 WORLD = 4
@@ -147,6 +147,25 @@ def test_two_meetings_in_one_store_have_different_names() -> None:
     first = attempt([store] * 2)
     second = attempt([store] * 2)
     assert first[0] != second[0]
+
+
+def test_whoever_leaves_knows_the_names_of_all_in_their_order() -> None:
+    store = Store()
+    attempt([store] * 3)  # of others, whose answers are still there
+    guests = [
+        threading.Thread(
+            target=join_meeting,
+            args=[store],
+            kwargs={"rank": rank, "limit_seconds": ENOUGH_SECONDS, "name": f"name of {rank}"},
+        )
+        for rank in (1, 2)
+    ]
+    for guest in guests:
+        guest.start()
+    nonce = host_meeting(store, world_size=3, limit_seconds=ENOUGH_SECONDS, name="the host")
+    for guest in guests:
+        guest.join()
+    assert names_at(store, nonce) == ("the host", "name of 1", "name of 2")
 
 
 def test_a_world_of_one_does_not_wait() -> None:

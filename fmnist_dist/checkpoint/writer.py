@@ -12,7 +12,7 @@ A rank whose state comes from beyond a cut is refused: see `CutOffError`.
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ from fmnist_dist.checkpoint.retention import to_retire
 from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.checkpoint.sweep import CHECKPOINTS, Swept, delete_tensors, folder_name, sweep
 from fmnist_dist.digest import EpochDigest
-from fmnist_dist.errors import DataDamagedError, FencedError, TransientError
+from fmnist_dist.errors import DataDamagedError, FencedError, OvertakenError, TransientError
 
 
 class CutOffError(TransientError):
@@ -71,12 +71,19 @@ class RunWriter:
     """
 
     def __init__(
-        self, storage: Storage, log: RunLog, head: Head, *, damaged: tuple[int, ...] = ()
+        self,
+        storage: Storage,
+        log: RunLog,
+        head: Head,
+        *,
+        damaged: tuple[int, ...] = (),
+        kin: Collection[str] = (),
     ) -> None:
         self._storage = storage
         self._log = log
         self._verified: set[int] = set()
         self._swept = head.swept
+        self._kin = kin  # the owners of attempts that are of the same launch
         self._damaged = damaged  # records at the log's end, as this attempt found it
         self._knows = head.attempt_index or 0  # rollbacks up to this record, the state comes after
         self.head = head
@@ -85,7 +92,12 @@ class RunWriter:
 
     @staticmethod
     def begin(
-        storage: Storage, log: RunLog, *, owner: str, make: Callable[[Head], Attempt]
+        storage: Storage,
+        log: RunLog,
+        *,
+        owner: str,
+        make: Callable[[Head], Attempt],
+        kin: Collection[str] = (),
     ) -> "RunWriter":
         """Take the run over: append an attempt, whatever the log has become meanwhile.
 
@@ -104,11 +116,17 @@ class RunWriter:
 
         found = log.read()
         head = log.append(found.head, decide=decide)
-        return RunWriter(storage, log, head, damaged=found.damaged)
+        return RunWriter(storage, log, head, damaged=found.damaged, kin=kin)
 
     @staticmethod
     def follow(
-        storage: Storage, log: RunLog, *, attempt: int, parent: int | None, cut: int | None = None
+        storage: Storage,
+        log: RunLog,
+        *,
+        attempt: int,
+        parent: int | None,
+        cut: int | None = None,
+        kin: Collection[str] = (),
     ) -> "RunWriter":
         """Return a writer of an attempt that another process of the same launch has begun.
 
@@ -117,7 +135,7 @@ class RunWriter:
         leaving it out gets `CutOffError`. Raises `FencedError` once a newer attempt stands.
         """
         found = log.read()
-        writer = RunWriter(storage, log, found.head, damaged=found.damaged)
+        writer = RunWriter(storage, log, found.head, damaged=found.damaged, kin=kin)
         writer.attempt = attempt
         writer._check_fence(found.head)
         writer.parent = parent
@@ -298,6 +316,11 @@ class RunWriter:
 
     def _check_fence(self, head: Head) -> None:
         if head.attempt != self.attempt:
+            if head.owner in self._kin:
+                raise OvertakenError(
+                    f"this launch went on without this worker (attempt {head.attempt}): attempt "
+                    f"{self.attempt} stops here and has changed nothing since; a restart joins it"
+                )
             raise FencedError(
                 f"attempt {head.attempt} has taken this run over: attempt {self.attempt} stops "
                 "here and has changed nothing since"

@@ -18,6 +18,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from fmnist_dist import limits
@@ -33,8 +34,11 @@ class KeyValue(Protocol):
     def set(self, key: str, value: str) -> None: ...
 
 
-def host_meeting(keys: KeyValue, *, world_size: int, limit_seconds: float) -> str:
-    """Invite all other ranks; return the nonce once each has answered. Raises `TransientError`."""
+def host_meeting(keys: KeyValue, *, world_size: int, limit_seconds: float, name: str = "") -> str:
+    """Invite all other ranks; return the nonce once each has answered. Raises `TransientError`.
+
+    `name` is what all ranks are to know of this one (`names_at`).
+    """
     nonce = secrets.token_hex(8)
     keys.set("invitation", nonce)
     answers: dict[int, str] = {}
@@ -51,13 +55,14 @@ def host_meeting(keys: KeyValue, *, world_size: int, limit_seconds: float) -> st
         raise TransientError(
             f"ranks {missing} of {world_size} did not come to the meeting in {limit_seconds:g} s"
         )
-    keys.set(f"confirmed/{nonce}", json.dumps(sorted(answers.values())))
+    everyone = [_Answer(nonce, name).encode(), *(answers[rank] for rank in range(1, world_size))]
+    keys.set(f"confirmed/{nonce}", json.dumps(everyone))
     return nonce
 
 
-def join_meeting(keys: KeyValue, *, rank: int, limit_seconds: float) -> str:
+def join_meeting(keys: KeyValue, *, rank: int, limit_seconds: float, name: str = "") -> str:
     """Answer rank 0's invitation; return its nonce once confirmed. Raises `TransientError`."""
-    own = secrets.token_hex(8)
+    own = _Answer(secrets.token_hex(8), name).encode()
     found: list[str] = []
 
     def confirmed() -> bool:
@@ -67,12 +72,33 @@ def join_meeting(keys: KeyValue, *, rank: int, limit_seconds: float) -> str:
         if not found or found[-1] != nonce:
             found.append(nonce)
             keys.set(f"answer/{nonce}/{rank}", own)
-        names = keys.get(f"confirmed/{nonce}")
-        return names is not None and own in json.loads(names)
+        answers = keys.get(f"confirmed/{nonce}")
+        return answers is not None and own in json.loads(answers)
 
     if not _wait(confirmed, limit_seconds):
         raise TransientError(f"rank 0 did not call rank {rank} to a meeting in {limit_seconds:g} s")
     return found[-1]
+
+
+def names_at(keys: KeyValue, nonce: str) -> tuple[str, ...]:
+    """Return the names of all ranks, in their order, at a meeting that one of them has left."""
+    answers = keys.get(f"confirmed/{nonce}")
+    assert answers is not None, "whoever leaves a meeting has read or written the confirmation"
+    return tuple(_Answer.decode(each).name for each in json.loads(answers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    nonce: str  # of one process
+    name: str
+
+    def encode(self) -> str:
+        return f"{self.nonce} {self.name}"
+
+    @classmethod
+    def decode(cls, text: str) -> "_Answer":
+        nonce, _, name = text.partition(" ")
+        return cls(nonce, name)
 
 
 def _wait(condition: Callable[[], bool], limit_seconds: float) -> bool:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fmnist_dist import limits
 from fmnist_dist.distributed.connection import Connection
-from fmnist_dist.distributed.meeting import host_meeting, join_meeting
+from fmnist_dist.distributed.meeting import host_meeting, join_meeting, names_at
 from fmnist_dist.distributed.process import stat_fields
 
 _SHARED = "fmnist_dist"  # prefix of our keys in the launcher's store
@@ -27,14 +27,15 @@ _SHARED = "fmnist_dist"  # prefix of our keys in the launcher's store
 class Roster:
     """Where this process stands, under a nonce that no other roll call shares.
 
-    `owner` names the launch, alike for all its ranks and restarts. `address` is None in a world of
-    one that nobody launched.
+    `agents` names what has launched the ranks, in their order, each once: an agent outlives
+    attempts, so a launch is known by any of them. `address` is None in a world of one that nobody
+    launched.
     """
 
     rank: int
     size: int
     local_rank: int
-    owner: str
+    agents: tuple[str, ...]
     nonce: str
     prefix: str
     address: tuple[str, int] | None
@@ -46,7 +47,7 @@ class Roster:
             rank=0,
             size=1,
             local_rank=0,
-            owner=secrets.token_hex(8),
+            agents=(secrets.token_hex(8),),
             nonce=secrets.token_hex(8),
             prefix=_SHARED,
             address=None,
@@ -77,21 +78,17 @@ def call_roll(environ: Mapping[str, str], *, fork: Callable[[Callable[[], int]],
     if rank == 0 and not from_agent:
         fork(lambda: _serve_store(address[1]))
     store = Connection(*address, prefix=prefix)
-    if from_agent:
-        # The launcher's store lives as long as the launch: what stands there first, stays.
-        owner = store.compare_set("owner", "", secrets.token_hex(8)).decode()
-    else:
-        owner = f"{run_id}-{_parent_identity()}"
     keys = StoreKeys(store)
+    name, limit = f"{run_id}-{_parent_identity()}", limits.ROLL_CALL_SECONDS
     if rank == 0:
-        nonce = host_meeting(keys, world_size=size, limit_seconds=limits.ROLL_CALL_SECONDS)
+        nonce = host_meeting(keys, world_size=size, limit_seconds=limit, name=name)
     else:
-        nonce = join_meeting(keys, rank=rank, limit_seconds=limits.ROLL_CALL_SECONDS)
+        nonce = join_meeting(keys, rank=rank, limit_seconds=limit, name=name)
     return Roster(
         rank=rank,
         size=size,
         local_rank=local_rank,
-        owner=owner,
+        agents=tuple(dict.fromkeys(names_at(keys, nonce))),
         nonce=nonce,
         prefix=prefix,
         address=address,

@@ -1,0 +1,76 @@
+"""A launch has an agent on each host: it is known by any of them, whichever has the first rank."""
+
+import pytest
+from memory_storage import MemoryStorage
+from run_builders import begin, snapshot
+
+from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.writer import RunWriter
+from fmnist_dist.errors import ExitCode, FencedError, OvertakenError
+from fmnist_dist.takeover import owner_of
+
+
+def owner(storage: MemoryStorage, *agents: str) -> str:
+    log = RunLog(storage)
+    return owner_of(log, log.read().head, agents)
+
+
+def had_by(*owners: str) -> MemoryStorage:
+    storage = MemoryStorage()
+    for each in owners:
+        begin(storage, each)
+    return storage
+
+
+@pytest.mark.parametrize(
+    ("owners", "agents", "expected"),
+    [
+        ([], ["a", "b"], "a"),
+        (["a"], ["a", "b"], "a"),
+        (["b"], ["a", "b"], "b"),  # a has come to a launch that b had begun
+        (["a", "b"], ["a", "b"], "b"),  # a is back, which was cut off
+        (["a"], ["b", "c"], "b"),  # a is lost
+        (["a", "b"], ["a", "c"], "c"),  # a is back, and b is lost
+        (["a", "x"], ["b"], "b"),  # another launch, which this one supersedes
+    ],
+)
+def test_a_launch_keeps_its_name_while_the_agent_is_there_that_gave_it(
+    owners: list[str], agents: list[str], expected: str
+) -> None:
+    storage = had_by(*owners)
+    name = owner(storage, *agents)
+    assert name == expected
+    assert begin(storage, name).attempt == len(owners) + 1
+
+
+def test_a_launch_of_which_every_agent_was_superseded_does_not_come_back() -> None:
+    storage = had_by("a", "b", "x")
+    with pytest.raises(FencedError, match="another launch has taken this run over"):
+        begin(storage, owner(storage, "a", "b"))
+
+
+def follow(storage: MemoryStorage, *agents: str) -> RunWriter:
+    """Return the writer of a rank of the first attempt."""
+    return RunWriter.follow(storage, RunLog(storage), attempt=1, parent=None, kin=agents)
+
+
+def test_whoever_its_own_launch_has_left_behind_commits_nothing_and_is_to_join_it() -> None:
+    storage = had_by("a")
+    rank = follow(storage, "a", "b")
+    begin(storage, "b")
+    before = dict(storage.objects)
+    with pytest.raises(OvertakenError, match="this launch went on without this worker") as caught:
+        rank.save(snapshot(10))
+    assert caught.value.exit_code == ExitCode.TRANSIENT == 75
+    with pytest.raises(OvertakenError):
+        follow(storage, "a", "b")
+    assert storage.objects == before
+
+
+def test_whoever_another_launch_has_superseded_is_not_to_come_back() -> None:
+    storage = had_by("a")
+    rank = follow(storage, "a", "b")
+    begin(storage, "x")
+    with pytest.raises(FencedError) as caught:
+        rank.save(snapshot(10))
+    assert caught.value.exit_code == ExitCode.FENCED == 76
