@@ -27,6 +27,7 @@ from fmnist_dist.errors import (
     IncompatibleError,
     NoProgressError,
     PeerFailedError,
+    PeerLostError,
 )
 from fmnist_dist.handover.board import Board
 from fmnist_dist.settings import Launch
@@ -91,7 +92,7 @@ def open_run(
         if text == "done":
             return None
         resumption = Resumption.from_json(text)
-        _check_shared(log, place, resumption)
+        _check_shared(log, place, resumption, joined)
         is_new = joined.hear("files") != "none"
         files = unpack(broadcast(joined, None, source=0, key="files")) if is_new else {}
         return follow_run(launch, place, resumption, agents=agents, files=files)
@@ -124,6 +125,8 @@ def open_run(
         return None
     writer, resumption, restored = taken
     joined.tell("resumption", resumption.to_json())
+    if not writer.head.committed:
+        _check_seen(joined, place)
     files = restored.files if restored else {}
     joined.tell("files", "some" if files else "none")
     if files:
@@ -219,14 +222,41 @@ def noting_failures(place: Place, board: Board) -> Iterator[None]:
         raise
 
 
-def _check_shared(log: RunLog, place: Place, resumption: Resumption) -> None:
+def _check_shared(log: RunLog, place: Place, resumption: Resumption, joined: World) -> None:
     """Refuse a run folder that is private to this node: it would be another run."""
     try:
-        if log.record(resumption.attempt_index).nonce == resumption.nonce:
-            return
+        sees = log.record(resumption.attempt_index).nonce == resumption.nonce
     except DamagedRecordError:
-        pass
+        sees = False
+    joined.tell(f"sees/{joined.rank}", "yes" if sees else "no")
+    if sees:
+        return
     raise IncompatibleError(
         f"--run-dir {place}: this node does not see what rank 0 wrote there; all nodes need the "
         "same folder (a network file system or object storage)"
     )
+
+
+def _check_seen(joined: World, place: Place) -> None:
+    """Refuse to begin a run that another node does not see: it may be this folder that is private.
+
+    This rank would go on alone, with a second run next to the one that was meant. Where something
+    has been saved there is no doubt: the other node is wrong, says so, and is left behind.
+    """
+    for rank in range(1, joined.size):
+        if _answer(joined, f"sees/{rank}") != "yes":
+            raise IncompatibleError(
+                f"--run-dir {place}: rank {rank} does not see what this node has written there, "
+                "and the run is new: all nodes need the same folder (a network file system or "
+                "object storage)"
+            )
+
+
+def _answer(joined: World, key: str) -> str:
+    """Return what a rank has told, also where it has left since."""
+    try:
+        return joined.hear(key)
+    except PeerLostError:
+        if not joined.store.check([key]):
+            raise
+        return joined.store.get(key).decode()

@@ -1,13 +1,17 @@
 """What an attempt finds out about its machine and its run when it takes over."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import pytest
 from in_process import small_run
 from run_files import bodies, log_of
 
 from fmnist_dist import opening
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.record import Attempt
+from fmnist_dist.errors import IncompatibleError, PeerLostError
 
 
 def test_another_instruction_set_warns_and_is_recorded_but_never_refused(tmp_path: Path) -> None:
@@ -42,3 +46,24 @@ def test_a_checkpoint_record_names_the_attempt_before_as_swept(tmp_path: Path) -
         for last in (2, 4, 6):
             assert run.launch(f"--max-steps={last}").code == 0
         assert log_of(run.root).read().head.swept == 2
+
+
+class Left:
+    """A world in which the other rank has left, as whoever waits for it finds out."""
+
+    size = 2
+
+    def __init__(self, told: dict[str, bytes]) -> None:
+        self.store = SimpleNamespace(check=lambda keys: keys[0] in told, get=told.__getitem__)
+
+    def hear(self, key: str) -> str:
+        raise PeerLostError("another rank has left")
+
+
+def test_a_rank_that_sees_no_run_is_heard_though_it_has_left_meanwhile(tmp_path: Path) -> None:
+    place = Place.of(str(tmp_path / "run"))
+    with pytest.raises(IncompatibleError, match="rank 1 does not see what this node has written"):
+        opening._check_seen(Left({"sees/1": b"no"}), place)
+    opening._check_seen(Left({"sees/1": b"yes"}), place)
+    with pytest.raises(PeerLostError):
+        opening._check_seen(Left({}), place)
