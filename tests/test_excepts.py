@@ -29,6 +29,7 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/rule.py::_from_tokens": (1, "stays text, which the rule refuses by name"),
     "fmnist_dist/opening.py::_exists": (1, "opening the place says why it cannot"),
     "fmnist_dist/opening.py::_check_shared": (1, "what follows raises"),
+    "fmnist_dist/opening.py::_answer": (1, "a rank that has left has answered before"),
     "fmnist_dist/data/cache.py::folder_of": (1, "None: `load` warns that there is no home"),
     "launch/drill.py::_worlds": (1, "what follows raises, with what was found"),
     # Tried again, or done otherwise; what fails then tells.
