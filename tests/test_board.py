@@ -83,6 +83,8 @@ def test_a_reader_never_sees_half_a_number() -> None:
 
     with running_child(writer):
         seen = {board.step for _ in range(READS)}
+        while not seen >= values:  # on a busy machine the writer may not have had its turn
+            seen.add(board.step)
     assert seen == values
 
 
@@ -102,6 +104,8 @@ def test_a_section_is_never_seen_with_the_time_of_another() -> None:
     enter_long_ago()
     with running_child(writer):
         seen = [board.where() for _ in range(READS)]
+        while not {section for section, _ in seen} >= {Section.EVALUATE, Section.DATA}:
+            seen.append(board.where())  # on a busy machine the writer may not have had its turn
     assert {section for section, _ in seen} == {Section.EVALUATE, Section.DATA}
     assert all((seconds > 500) == (section is Section.EVALUATE) for section, seconds in seen)
 
