@@ -7,7 +7,7 @@ imported, so that a wrong flag answers at once.
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from fmnist_dist import limits, settings
 from fmnist_dist.checkpoint.disk import disk_from
@@ -99,11 +99,8 @@ def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
         if roster.address is not None and (name := interface_towards(*roster.address)) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # what a user has set, stays
         prepared = job.prepare(launch, roster, faults, phases)
-    if roster.rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
-        _events.warning(
-            "torchrun will not restart what cannot be healed in place: give it --max-restarts=100 "
-            "(its default is 0), or start the same command again by hand"
-        )
+    if roster.rank == 0:
+        _warn_of_the_launcher(os.environ)
 
     def train(desk: Desk) -> int:
         try:
@@ -119,6 +116,20 @@ def _keep(launch: Launch, faults: Faults, phases: Phases) -> int:
     board = Board.create()
     with noting_failures(prepared.place, board):
         return train(Desk(board=board, phases=phases))
+
+
+def _warn_of_the_launcher(environ: Mapping[str, str]) -> None:
+    if environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+        _events.warning(
+            "torchrun will not restart what cannot be healed in place: give it --max-restarts=100 "
+            "(its default is 0), or start the same command again by hand"
+        )
+    shares = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares and int(environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        _events.warning(
+            "a node that is added or comes back would end the launch (a fault of torchrun, torch "
+            "2.14.1): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every agent"
+        )
 
 
 def _say_drained(drained: Drained) -> None:

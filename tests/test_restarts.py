@@ -34,6 +34,15 @@ def test_a_launcher_without_restarts_is_warned_about(tmp_path: Path) -> None:
     assert some.saying("--max-restarts") == []
 
 
+def test_agents_of_several_nodes_that_share_a_store_are_warned_about(tmp_path: Path) -> None:
+    agents = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with small_run(tmp_path) as run:
+        sharing = run.launch("--max-steps=1", environ=agents)
+        own = run.launch("--max-steps=2", environ={**agents, "GROUP_WORLD_SIZE": "1"})
+    assert len(sharing.saying("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")) == 1
+    assert own.saying("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_50_keepers_killed_one_after_another_cost_a_restart_each_and_no_step(
