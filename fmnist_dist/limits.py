@@ -20,6 +20,7 @@ COLLECTIVE_SECONDS = 1800.0  # last resort: keepers find who is stuck long befor
 SECURE_SECONDS = 2.0  # a rank lets the ones before it save the state that all hold
 LAZY_POLL_SECONDS = 0.01  # between two looks at something that may take long
 ROLL_CALL_POLL_SECONDS = 0.005  # of keepers at the store
+LEAVE_SECONDS = 1.0  # to come out of a collective whose connections are closed
 LOOKOUT_SECONDS = 0.1  # between two looks of a trainer's second thread
 KEEPER_SECONDS = 0.2  # between two looks of a keeper at its trainer
 STACKS_SECONDS = 1.0  # a stuck trainer gets to print the stacks of its threads

@@ -167,6 +167,14 @@ class Trainer:
         held.saves.insist(held.state, reason="drain", seconds=seconds)
         return f"step {held.state.step} is saved, the same command goes on"
 
+    def _hand_over(self) -> bool:
+        """Leave the state as it is with the keeper, in the lookout's thread; False without one."""
+        held = self._held
+        if held is None:
+            return False
+        with held.state.still():
+            return self._kept.keep_now(held.state.position, held.state.image)
+
     def _join(self, meeting: Meeting) -> None:
         """Train in one generation. Raises `PeerLostError` when it fails."""
 
@@ -316,6 +324,7 @@ class Trainer:
             held.hint = open_hint(self._prepared, held)
         held.saves.precede = joined.rank
         self._lookout.secure_with(self._secure_alone)
+        self._lookout.hand_over_with(self._hand_over)
         if self._desk.phases is not None:
             self._desk.phases.ended("restore")
         return held

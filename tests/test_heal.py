@@ -331,13 +331,13 @@ def test_generations_that_fail_for_ever_are_given_up(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("workers", [2, 4])
 def test_200_kills_are_healed_in_place(workers: int, tmp_path: Path) -> None:
-    kills, end = 200, "--max-steps=1600"
+    kills, end = 200, ("--max-steps=1600", "--epochs=30", "--eval-every-epochs=29")
     seed = random.randrange(2**32)
     print(f"kills drawn with seed {seed}")
     draw = random.Random(seed)
-    code, text = Alone(tmp_path / "undisturbed", end).end()
+    code, text = Alone(tmp_path / "undisturbed", *end).end()
     assert code == 0, text
-    with running(job_of(tmp_path / "run", end, workers=workers)) as job:
+    with running(job_of(tmp_path / "run", *end, workers=workers)) as job:
         killer = Killer(job)
         while len(killer.dead) < kills:
             killer.kill(draw.sample(range(workers), draw.choice([1, 1, 1, workers - 1])))

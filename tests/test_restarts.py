@@ -48,7 +48,8 @@ def test_agents_of_several_nodes_that_share_a_store_are_warned_about(tmp_path: P
 def test_50_keepers_killed_one_after_another_cost_a_restart_each_and_no_step(
     tmp_path: Path,
 ) -> None:
-    kills, flags = 50, ["--batch-size=64", "--max-steps=500", "--eval-every-epochs=99"]
+    kills = 50
+    flags = ["--batch-size=64", "--max-steps=1200", "--epochs=30", "--eval-every-epochs=29"]
     seed = random.randrange(2**32)
     print(f"kills drawn with seed {seed}")
     draw = random.Random(seed)

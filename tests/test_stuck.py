@@ -1,13 +1,26 @@
 """The watchdog: a trainer that is stuck is found, its stacks are printed, and it is replaced."""
 
 import os
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 from alone import FLAGS, Alone
+from forked import status_of
 from jobs import Job, files_of_newest, show, wait_for
 from running import running
+
+from fmnist_dist import limits
+from fmnist_dist.distributed import stop
+from fmnist_dist.errors import ExitCode
+from fmnist_dist.handover.board import Board, Section
+from fmnist_dist.handover.kept import KeptCopy
+from fmnist_dist.handover.slots import Slot, Slots
+from fmnist_dist.lookout import Lookout
 
 STEPS = "--max-steps=12"
 
@@ -55,3 +68,52 @@ def test_of_ranks_that_wait_for_each_other_only_the_one_that_hangs_is_replaced(
     assert [(each["rank"], each["lost_steps"]) for each in story["heals"]] == [(1, 0), (0, 0)]
     assert len(story["attempts"]) == 1
     assert files_of_newest(job.run) == undisturbed
+
+
+def in_a_collective_that_does_not_end(slots: Slots | None) -> None:
+    """Be a trainer whose main thread stays in a collective of a generation that has failed."""
+    board, kept = Board.create(), KeptCopy(slots, warn=pytest.fail)
+    deaf: Any = SimpleNamespace(break_off=lambda: None)
+    with stop.listen() as request:
+        lookout = Lookout(board, request, drain_seconds=20)
+        lookout.secure_with(lambda _: "step 7 is saved")
+        lookout.hand_over_with(lambda: kept.keep_now(7, lambda: [b"state"]))
+        with lookout.running(), lookout.watching(deaf, lambda: True):
+            board.enter(Section.COLLECTIVE)
+            time.sleep(60)
+
+
+def test_a_worker_that_gloo_does_not_let_go_leaves_its_state_and_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen at W = 4 on busy cores: all connections were closed, and the collective went on."""
+    monkeypatch.setattr(limits, "LEAVE_SECONDS", 0.2)
+    slots = Slots.create()
+    status = status_of(lambda: in_a_collective_that_does_not_end(slots))
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert slots.newest() == Slot(step=7, data=b"state")
+    slots.close()
+
+
+def test_without_a_keeper_such_a_worker_saves_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LEAVE_SECONDS", 0.2)
+    status = status_of(lambda: in_a_collective_that_does_not_end(None))
+    assert os.waitstatus_to_exitcode(status) == ExitCode.PEER_LOST
+
+
+def test_a_collective_that_ends_in_time_costs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LEAVE_SECONDS", 1.0)
+
+    def ends() -> None:
+        board, seen = Board.create(), []
+        deaf: Any = SimpleNamespace(break_off=lambda: seen.append(time.monotonic()))
+        with stop.listen() as request:
+            lookout = Lookout(board, request, drain_seconds=20)
+            with lookout.running(), lookout.watching(deaf, lambda: True):
+                board.enter(Section.COLLECTIVE)
+                wait_for(lambda: seen, "the break")
+                board.enter(Section.MEETING)
+                time.sleep(1.5)
+        assert seen
+
+    assert status_of(ends) == 0
