@@ -123,7 +123,7 @@ def test_a_drain_does_not_need_the_main_thread_nor_the_trainer(tmp_path: Path) -
         assert time.monotonic() - began < 4
         ended_drained(job, began)
     with Alone(run, *LONG) as job:
-        job.await_steps(3)
+        job.await_steps(COPY_AGE + 1)  # else the copy may be that of the beginning
         trainer = job.trainer()
         stop(trainer)  # so that it cannot end by itself, and the keeper's signal is seen waiting
         began = time.monotonic()

@@ -39,13 +39,15 @@ class KeptCopy:
         """Copy the state whatever it costs; return whether it was copied."""
         if self._slots is None:
             return False
-        started = time.monotonic()
+        # What this thread did, not how long it took: on a busy machine another process may have had
+        # its turn meanwhile, and copies would become rare just there.
+        started = time.thread_time()
         try:
             self._slots.write(position, image())
         except OSError as error:
             self._slots = None
             self._warn(f"no copy of the state for a lost worker any more: {error}")
             return False
-        self._cost = time.monotonic() - started
+        self._cost = time.thread_time() - started
         self._saved_up = 0.0
         return True
