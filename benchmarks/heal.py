@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -91,13 +92,19 @@ class Job:
                 self.map = mmap.mmap(file.fileno(), 16, access=mmap.ACCESS_READ)
         return struct.unpack("<qq", self.map)[1] if self.map else -1
 
+    def first_step(self) -> int:
+        return struct.unpack("<qq", self.map)[0]
+
     def await_step(self, step: int) -> float:
+        self.await_that(lambda: self.step() >= step)
+        return time.monotonic()
+
+    def await_that(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + LIMIT_SECONDS
-        while self.step() < step:
+        while not condition():
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise SystemExit(f"stuck at step {self.step()}:\n{self.log.read_text()[:6000]}")
             time.sleep(POLL_SECONDS)
-        return time.monotonic()
 
     def kill(self, what: str) -> float:
         """Kill at a random moment; return the seconds to the first step that is finished after."""
@@ -107,12 +114,23 @@ class Job:
         trainers = [child for keeper in keepers for child in children(keeper, "fmnist-trainer")]
         victims = {"one": trainers, "all": trainers, "keeper": keepers}[what]
         victims = victims if what == "all" else [self.draw.choice(victims)]
-        step, began = self.step(), time.monotonic()
+        healed, began = self.healed(), time.monotonic()
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
-        # A step that was finished before the peers noticed is none of the healed ones.
-        time.sleep(POLL_SECONDS)
-        return self.await_step(max(step, self.step()) + 1) - began
+        if what == "keeper":
+            return self.await_attempt(self.attempt + 1) - began
+        # Told after the first step with the successors. The steps themselves do not tell: one that
+        # was all but done when the victim died is finished without it.
+        self.await_that(lambda: self.healed() == healed + len(victims))
+        return time.monotonic() - began
+
+    def healed(self) -> int:
+        return self.log.read_text().count(" healed ")
+
+    def await_attempt(self, number: int) -> float:
+        """Wait until an attempt has finished a step of its own."""
+        self.await_that(lambda: self.step() > self.first_step() and self.attempt >= number)
+        return time.monotonic()
 
     def one_step(self) -> float:
         began = self.await_step(self.step() + 1)
