@@ -306,7 +306,15 @@ def _worlds(text: str) -> list[int]:
 
 
 def main() -> int:
-    app = App(name="launch.drill", default_command=drill, help_formatter=columns, version_flags=[])
+    app = App(
+        name="launch.drill",
+        usage=r"Usage: python -m launch.drill \[flags]",
+        default_command=drill,
+        help_format="plaintext",
+        help_formatter=columns,
+        version_flags=[],
+    )
+    app["--help"].help = "print this page"
     try:
         return int(run_app(app, sys.argv[1:]) or 0)
     except UsageError as error:

@@ -40,6 +40,13 @@ def test_twenty_faults_with_ten_seeds_in_a_row(seed: int, tmp_path: Path) -> Non
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+def test_its_help_is_a_page_for_people() -> None:
+    ended = run_drill("--help", timeout=120)
+    assert ended.stdout.startswith("Usage: python -m launch.drill [flags]\n")
+    assert "--faults INT                   how many must happen [20]" in ended.stdout
+    assert "object at" not in ended.stdout
+
+
 def test_a_wrong_flag_is_one_line(tmp_path: Path) -> None:
     ended = run_drill("--workers=9", timeout=120)
     assert ended.returncode == 64
