@@ -4,9 +4,9 @@ It shows the keeper that the process lives, hears signals, gets the main thread 
 of a generation that has failed, and, when a drain's time runs short, saves the state itself: in the
 quiet window that any thread may use (see `state`).
 
-Some collectives do not end when all their connections are closed (gloo of torch 2.14.1, four ranks
-on two busy cores: 4 of 200 losses). Then the state is left with the keeper, and the process ends
-itself: its successor goes on with the very same state.
+Some collectives do not end when all their connections are closed, and some groups cannot be taken
+down then (gloo of torch 2.14.1, four ranks on two busy cores: 4 of 200 losses). Then the state is
+left with the keeper, and the process ends itself: its successor goes on with the very same state.
 """
 
 import os
@@ -115,8 +115,13 @@ class Lookout:
         _leave(ExitCode.DRAINED)
 
     def _break_off(self) -> None:
+        """Break the collectives of a failed generation off, and see that the main thread leaves."""
         section, seconds = self._board.where()
-        if section is not Section.COLLECTIVE or seconds < limits.LOOKOUT_SECONDS:
+        if section is Section.LEAVE and seconds > limits.LEAVE_SECONDS:
+            self._leave_group()
+        # Wherever it is, it may come into a collective; in one it waits, and others for it.
+        patience = limits.LOOKOUT_SECONDS if section is Section.COLLECTIVE else limits.LEAVE_SECONDS
+        if seconds < patience:
             return
         with self._lock:
             if self._world is None or not self._has_failed():
@@ -125,11 +130,13 @@ class Lookout:
         now = time.monotonic()
         if self._broken_off_at is None:
             self._broken_off_at = now
-        elif now - self._broken_off_at > limits.LEAVE_SECONDS:
-            self._leave_collective()
+        elif section is Section.COLLECTIVE and now - self._broken_off_at > limits.LEAVE_SECONDS:
+            self._leave_group()
 
-    def _leave_collective(self) -> None:
+    def _leave_group(self) -> None:
         """End this process, whose main thread does not come out; nothing that it holds is lost."""
+        if self._board.finished:
+            _leave(ExitCode.FINISHED)
         _events.warning("a collective does not end although its peers are gone: this worker does")
         if self._hand_over():
             sys.stderr.flush()

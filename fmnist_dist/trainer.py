@@ -3,6 +3,8 @@
 import math
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -194,6 +196,7 @@ class Trainer:
 
         with (
             world.naming_lost_peers(),
+            self._out_afterwards(),
             world.join(
                 self._roster,
                 self._store,
@@ -210,6 +213,16 @@ class Trainer:
             except BaseException:
                 joined.break_off()  # the others need not wait until theirs fails too
                 raise
+            finally:
+                self._board.enter(Section.LEAVE)
+
+    @contextmanager
+    def _out_afterwards(self) -> Iterator[None]:
+        """Note that the group is down, which gloo may not let happen: see `lookout`."""
+        try:
+            yield
+        finally:
+            self._board.enter(Section.DONE)
 
     def _train_in(self, joined: World, meeting: Meeting) -> None:
         held = self._agree(joined, meeting)
@@ -334,6 +347,7 @@ class Trainer:
         held = self._held
         assert held is not None
         self._held = None
+        self._board.enter(Section.SAVE)
         if self._desk.slots is not None:
             self._desk.slots.clear()
         try:

@@ -59,12 +59,14 @@ def train(world: World, case: dict) -> dict:
     state = TrainState(model, optimizer=case["optimizer"], settings=settings)
     plan = Plan(settings, num_samples=case["num_samples"])
     feed = TrainingFeed(small_dataset(case["num_samples"]), seed=5, device=torch.device("cpu"))
+    announced = []
     step = ShardedStep(
         state,
         world,
         logical_shards=case["logical_shards"],
         precision=case["precision"],
         seed=5,
+        before_waiting=lambda: announced.append(len(losses)),
     )
     losses = []
     asked = []
@@ -76,6 +78,8 @@ def train(world: World, case: dict) -> dict:
         asked.append(outcome.wishes.stop)
     step.close()
     return {
+        "announced": announced,
+        "unannounced": step._ddp._has_rebuilt_buckets,
         "files": {n: hashlib.sha256(d).hexdigest() for n, d in state.files().items()},
         "losses": losses,
         "asked": asked,

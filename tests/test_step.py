@@ -71,6 +71,10 @@ def test_every_world_size_ends_with_the_same_bits(
     assert len(set(first["losses"])) == len(first["losses"])  # something was learned, step by step
     assert first["tracked"] == [CASE["steps"]] * 2  # an integer buffer counts steps, not shards
     assert first["asked"] == [False, False, True, False, False, False, False]
+    # One collective each, and one in which DDP orders its buckets, which it did not do by itself:
+    # whoever waits in it for a peer that has died must be found.
+    assert first["announced"] == [0, 1, 1, 2, 3, 4, 5, 6]
+    assert not first["unannounced"]
 
 
 def test_the_ledger_sums_every_sample_of_an_epoch_once() -> None:

@@ -70,26 +70,34 @@ def test_of_ranks_that_wait_for_each_other_only_the_one_that_hangs_is_replaced(
     assert files_of_newest(job.run) == undisturbed
 
 
-def in_a_collective_that_does_not_end(slots: Slots | None) -> None:
-    """Be a trainer whose main thread stays in a collective of a generation that has failed."""
+def in_a_group_that_does_not_end(
+    slots: Slots | None, where: Section = Section.COLLECTIVE, *, finished: bool = False
+) -> None:
+    """Be a trainer whose main thread stays in the group of a generation that has failed."""
     board, kept = Board.create(), KeptCopy(slots, warn=pytest.fail)
+    board.finished = finished
     deaf: Any = SimpleNamespace(break_off=lambda: None)
     with stop.listen() as request:
         lookout = Lookout(board, request, drain_seconds=20)
         lookout.secure_with(lambda _: "step 7 is saved")
         lookout.hand_over_with(lambda: kept.keep_now(7, lambda: [b"state"]))
-        with lookout.running(), lookout.watching(deaf, lambda: True):
-            board.enter(Section.COLLECTIVE)
+        with lookout.running():
+            if where is Section.COLLECTIVE:
+                with lookout.watching(deaf, lambda: True):
+                    board.enter(where)
+                    time.sleep(60)
+            board.enter(where)  # nothing is watched while a group is taken down
             time.sleep(60)
 
 
+@pytest.mark.parametrize("where", [Section.COLLECTIVE, Section.LEAVE])
 def test_a_worker_that_gloo_does_not_let_go_leaves_its_state_and_ends(
-    monkeypatch: pytest.MonkeyPatch,
+    where: Section, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen at W = 4 on busy cores: all connections were closed, and the collective went on."""
     monkeypatch.setattr(limits, "LEAVE_SECONDS", 0.2)
     slots = Slots.create()
-    status = status_of(lambda: in_a_collective_that_does_not_end(slots))
+    status = status_of(lambda: in_a_group_that_does_not_end(slots, where))
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert slots.newest() == Slot(step=7, data=b"state")
     slots.close()
@@ -97,8 +105,34 @@ def test_a_worker_that_gloo_does_not_let_go_leaves_its_state_and_ends(
 
 def test_without_a_keeper_such_a_worker_saves_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LEAVE_SECONDS", 0.2)
-    status = status_of(lambda: in_a_collective_that_does_not_end(None))
+    status = status_of(lambda: in_a_group_that_does_not_end(None))
     assert os.waitstatus_to_exitcode(status) == ExitCode.PEER_LOST
+
+
+def test_a_group_that_does_not_end_does_not_keep_a_finished_run_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "LEAVE_SECONDS", 0.2)
+    status = status_of(lambda: in_a_group_that_does_not_end(None, Section.LEAVE, finished=True))
+    assert os.waitstatus_to_exitcode(status) == ExitCode.FINISHED
+
+
+def test_a_broken_group_is_left_wherever_the_main_thread_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be about to enter a collective; it is not ended, since it may as well be at work."""
+    monkeypatch.setattr(limits, "LEAVE_SECONDS", 0.2)
+
+    def computes() -> None:
+        board, seen = Board.create(), []
+        deaf: Any = SimpleNamespace(break_off=lambda: seen.append(time.monotonic()))
+        with stop.listen() as request:
+            lookout = Lookout(board, request, drain_seconds=20)
+            with lookout.running(), lookout.watching(deaf, lambda: True):
+                board.enter(Section.COMPUTE)
+                wait_for(lambda: len(seen) > 5, "looks well after the limit")
+
+    assert status_of(computes) == 0
 
 
 def test_a_collective_that_ends_in_time_costs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

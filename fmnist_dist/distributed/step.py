@@ -97,6 +97,7 @@ class ShardedStep:
         self._ddp.register_comm_hook(None, self._gradients.hook)
         self._sums = StepSums(layout)
         self._buffers = _Buffers(state)
+        self._steps = 0
 
     def __call__(self, step: plan.Step, gather: Gather, *, wishes: Wishes) -> Outcome:
         """Run forward and backward of one step; gradients are left in the parameters."""
@@ -107,6 +108,7 @@ class ShardedStep:
             parameter.grad = None
         self._buffers.begin()
         self._gradients.begin(self._shards)
+        self._rebuild_buckets()
         pending: PendingSums | None = None
         for shard in self._shards:
             last = shard == self._shards[-1]
@@ -140,6 +142,17 @@ class ShardedStep:
                 self._gradients.push(shard)
         assert pending is not None
         return self._outcome(*pending.wait())
+
+    def _rebuild_buckets(self) -> None:
+        """Have DDP order its buckets by the first backward pass, where one has been.
+
+        The first forward pass after it would do so, in a collective that nobody announces: a rank
+        whose peer died in there was taken for one that computes.
+        """
+        if self._steps == 1:
+            self._before_waiting()
+            self._ddp.reducer._rebuild_buckets()  # noqa: SLF001 - as DDP itself before a forward pass
+        self._steps += 1
 
     def close(self) -> None:
         """Let go of the parameters: they outlive this group, and may go on in another one.

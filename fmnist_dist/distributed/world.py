@@ -30,7 +30,7 @@ class World:
     device: torch.device
     store: dist.Store
     _check: Callable[[], None] = lambda: None
-    _sockets: set[int] = field(default_factory=set)  # inodes that were open before the group
+    _sockets: set[int] = field(default_factory=set)  # inodes of the group's own connections
 
     @property
     def is_main(self) -> bool:
@@ -64,12 +64,13 @@ class World:
         """Fail every collective under way, from any thread, by closing the group's connections.
 
         gloo waits in C++ until its time-out and `abort` does not wake it (torch 2.14.1). Its peers
-        are told in the same way.
+        are told in the same way. It opens all its connections while the group is built; others (an
+        object store's) stay.
         """
         if self.device.type == "cuda":  # not run here: no GPU
             dist.distributed_c10d._get_default_group().abort()  # noqa: SLF001
         for descriptor, inode in open_sockets().items():
-            if inode not in self._sockets:
+            if inode in self._sockets:
                 # Closed meanwhile, or the listening one, without which gloo aborts.
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
                     own.getpeername()
@@ -111,7 +112,7 @@ def join(
             device=device,
             store=watched,
             _check=check,
-            _sockets=before,
+            _sockets=set(open_sockets().values()) - before,
         )
     finally:
         if dist.is_initialized():

@@ -39,7 +39,8 @@ class Section(IntEnum):
     EVALUATE = 7
     SAVE = 8
     FINISH = 9
-    DONE = 10
+    LEAVE = 10  # taking the process group down
+    DONE = 11  # out of the group
 
 
 class _Whole:
