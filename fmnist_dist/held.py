@@ -41,13 +41,19 @@ class Held:
     hint: ProgressHint | None = None
 
     def close(self) -> None:
+        self.saves.close()
         self.progress.close()
         if self.hint is not None:
             self.hint.close()
 
 
 def hold(
-    prepared: Prepared, run: Run, device: torch.device, *, rehearsed: Rehearsed | None = None
+    prepared: Prepared,
+    board: Board,
+    run: Run,
+    device: torch.device,
+    *,
+    rehearsed: Rehearsed | None = None,
 ) -> Held:
     """Return what belongs to a run that is open, at its initial state or what was rehearsed."""
     resumption, launch = run.resumption, prepared.launch
@@ -82,6 +88,7 @@ def hold(
             config,
             plan,
             progress,
+            board,
             retires=prepared.roster.rank == 0,
             save=prepared.faults.wrap("save", RunWriter.save),
         ),
@@ -102,7 +109,7 @@ def inherit(prepared: Prepared, desk: Desk, device: torch.device) -> Held | None
         Resumption.from_json(told),
         agents=prepared.roster.agents,
     )
-    held = hold(prepared, run, device, rehearsed=desk.rehearsed)
+    held = hold(prepared, desk.board, run, device, rehearsed=desk.rehearsed)
     held.state.load_image(slot.data)
     return held
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from fmnist_dist.checkpoint.hint import ProgressHint
+from fmnist_dist.distributed.comparison import Comparison
 from fmnist_dist.distributed.evaluation import Score
 from fmnist_dist.distributed.step import Gather, Outcome, Wishes
 from fmnist_dist.distributed.stop import StopRequest
@@ -57,7 +58,8 @@ class Parts:
     gather: Gather
     commit: Commit
     evaluate: Evaluate
-    agree: Callable[[str], None]  # raises unless all ranks hold a state with this digest
+    agree: Callable[[str, int], None]  # raises unless all ranks give this digest, of this step
+    comparison: Comparison | None  # of copies, beside the steps; None in a world of one
     progress: Progress
     stop: StopRequest
     board: Board
@@ -84,7 +86,8 @@ def train(parts: Parts) -> None:
     plan, state, board, saves = parts.plan, parts.state, parts.board, parts.saves
     last_step = min(plan.total_steps, parts.max_steps or plan.total_steps)
     clock = time.monotonic()
-    agreed = True  # that all hold the same state: whoever met has shown its digest
+    compares: Comparison | None = None  # not yet: whoever met has shown what it holds
+    due = parts.is_main
     while True:
         point = plan.point(state.step)
         ends_epoch = point.position == 0 and state.step > 0
@@ -93,17 +96,14 @@ def train(parts: Parts) -> None:
             _evaluate(parts)
         if ends:
             break
-        if parts.is_main and agreed and state.step > 0:
-            board.enter(Section.SAVE)
-            saves.offer(state, ends_epoch=ends_epoch)
+        if due and parts.is_main and state.step > 0:
+            saves.offer(state, ends_epoch=ends_epoch, comparison=compares)
+        elif due and compares is not None:
+            saves.show(state, compares)
+        saves.prepare(state)
 
         step = plan.at(state.step)
-        wishes = Wishes(
-            stop=parts.stop.requested,
-            save=parts.is_main
-            and saves.wants(state.step + 1, ends_epoch=step.ends_epoch(plan.num_samples)),
-            durable=saves.newest if parts.is_main else None,
-        )
+        wishes = _wishes(parts, step)
         board.enter(Section.COMPUTE)
         outcome = parts.step(step, parts.gather, wishes=wishes)
         board.enter(Section.UPDATE)
@@ -117,14 +117,26 @@ def train(parts: Parts) -> None:
         now = time.monotonic()
         _tell(parts, step, result.loss, seconds=now - clock)
         clock = now
-        agreed = wishes.save or wishes.stop
-        if agreed:
-            parts.agree(state.digest())
+        if wishes.differs:
+            parts.agree(*saves.shown)
+            saves.differs = False
         if wishes.stop and state.step < last_step:
+            parts.agree(state.digest(), state.step)
             board.enter(Section.SAVE)
             saves.secure(state, reason="drain", seconds=parts.drain_seconds)
             raise Drained(f"asked to stop: step {state.step} is saved, the same command goes on")
+        due, compares = wishes.save, parts.comparison
     _finish(parts)
+
+
+def _wishes(parts: Parts, step: Step) -> Wishes:
+    """Return what this rank tells the others with a step. Rank 0 alone saves, and decides."""
+    if not parts.is_main:
+        return Wishes(stop=parts.stop.requested)
+    saves = parts.saves
+    # First: what it finds out about the last save is told, too.
+    save = saves.wants(step.step + 1, ends_epoch=step.ends_epoch(parts.plan.num_samples))
+    return Wishes(stop=parts.stop.requested, save=save, differs=saves.differs, durable=saves.newest)
 
 
 def _tell(parts: Parts, step: Step, loss: float, *, seconds: float) -> None:
@@ -152,11 +164,11 @@ def _finish(parts: Parts) -> None:
     are still there to meet its successor.
     """
     state, saves = parts.state, parts.saves
-    parts.agree(state.digest())
+    parts.agree(state.digest(), state.step)
     parts.board.enter(Section.FINISH)
     if parts.is_main:
         reason = "epochs" if state.step >= parts.plan.total_steps else "max-steps"
-        saves.insist(state, reason="finish", seconds=parts.finish_seconds)
+        saves.insist(state, reason="finish", seconds=parts.finish_seconds, hurry=False)
         saves.finish(state, reason=reason, seconds=parts.finish_seconds)
     else:
         saves.await_finish(state, seconds=2 * parts.finish_seconds, meanwhile=parts.peers_are_there)

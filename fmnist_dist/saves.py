@@ -1,7 +1,11 @@
 """When to save, who saves, and what becomes of a save that fails.
 
-Rank 0 saves when a checkpoint is due. Any rank may save at the end (drain, lost peers): all hold
-the same state, and the log admits a step once. Any thread may ask for it.
+Rank 0 saves when a checkpoint is due: the step pays for one copy (`staging`), a thread does the
+rest. One save is under way at a time. What is due meanwhile is remembered, not copied: as soon as
+the thread is free the state of that moment is saved, the newest one, so no second copy ever waits.
+
+Any rank may save at the end (drain, lost peers), on the thread that asks for it: all hold the same
+state, and the log admits a step once. Any thread may ask for it.
 """
 
 import threading
@@ -9,19 +13,31 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from fmnist_dist import limits
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.folder import describe
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import DamagedRecordError
 from fmnist_dist.checkpoint.storage import StorageError
+from fmnist_dist.checkpoint.watch import UNWATCHED, AbandonedError, Watch
 from fmnist_dist.checkpoint.writer import RunWriter, Snapshot
 from fmnist_dist.config import Config
-from fmnist_dist.errors import NoProgressError, TransientError
+from fmnist_dist.distributed.comparison import Comparison
+from fmnist_dist.distributed.connection import StoreLostError
+from fmnist_dist.distributed.share import DifferentStatesError
+from fmnist_dist.errors import FencedError, NoProgressError, TransientError
+from fmnist_dist.flight import Copy, Flight, digest_of
+from fmnist_dist.handover.board import Board
 from fmnist_dist.plan import Plan
+from fmnist_dist.saver import Saver
+from fmnist_dist.staging import Staging
 from fmnist_dist.state import Durable, TrainState
 from fmnist_dist.telemetry.events import EventLog
 from fmnist_dist.telemetry.progress import Progress
+
+_SHARE_FOR_FLIGHT = 0.75  # of a limit: for a save of the very state that is under way already
 
 _events = EventLog("fmnist_dist.saves")
 
@@ -34,7 +50,10 @@ class Schedule:
     every_seconds: float | None
 
     def reason(self, *, step: int, ends_epoch: bool, seconds_since: float) -> str | None:
-        """Return why a checkpoint is due after `step` steps, None if it is not."""
+        """Return why a checkpoint is due after `step` steps, None if it is not.
+
+        `seconds_since` counts from when the newest one was copied.
+        """
         if ends_epoch:
             return "epoch"
         if self.every_steps is not None and step % self.every_steps == 0:
@@ -50,7 +69,8 @@ class Saves:
     `write` returns this rank's writer; it is asked once, when something is to be written or read.
     `precede` is how many living ranks are to try before this one, so that one writes and all see.
     `retires` is for one rank, which reads every retained checkpoint once; `save` is
-    `RunWriter.save`, perhaps with faults.
+    `RunWriter.save`, perhaps with faults. The board tells a trainer's successor of a save that has
+    died with it: that one starts again at once.
     """
 
     def __init__(
@@ -60,76 +80,103 @@ class Saves:
         config: Config,
         plan: Plan,
         progress: Progress,
+        board: Board,
         *,
         retires: bool,
-        save: Callable[[RunWriter, Snapshot], bool] = RunWriter.save,
+        save: Callable[[RunWriter, Snapshot, Watch], bool] = RunWriter.save,
     ) -> None:
         self._write = write
         self._retires = retires
         self._save_with = save
         self._log = log
         self._writer: RunWriter | None = None
+        self._opening = threading.Lock()
         self._config = config
         self._plan = plan
         self._progress = progress
+        self._board = board
         self._schedule = Schedule(
             every_steps=config.save_every_steps, every_seconds=config.save_every_seconds
         )
-        self._durable_at = time.monotonic()
+        self._saver = Saver()
+        self._flight: Flight | None = None  # what the thread saves
+        self._staging: Staging | None = None  # its copy; nobody else's while it is busy
+        self._staged = (
+            threading.Lock()
+        )  # whoever fills the copy, or saves from it beside the thread
+        self._copied_at = time.monotonic()  # the newest state that was saved, or is
+        self._waiting: str | None = "retry" if board.saving else None  # why the next one is due
+        self._waiting_since = time.monotonic()
+        self._due_since: float | None = None  # the oldest state that is not durable and should be
         self._retry_at: float | None = None
-        self._busy = threading.Lock()
-        self._newest: Durable | None = None
+        self.newest: Durable | None = None  # as rank 0 tells the others with every step
+        self.differs = False  # the ranks' copies; see `loop`
+        self.shown = digest_of({}, step=0), 0  # the digest of this rank's copy, and its step
         self.precede = 0
 
     @property
     def writer(self) -> RunWriter:
         """This rank's writer. Raises `FencedError`, `StorageError`."""
-        if self._writer is None:
-            self._writer = self._write()
-        return self._writer
+        with self._opening:
+            if self._writer is None:
+                self._writer = self._write()
+            return self._writer
 
-    @property
-    def newest(self) -> Durable | None:
-        """What is durable, as rank 0 tells the others with every step."""
-        head = self.writer.head
-        retained = head.checkpoints[-1] if head.checkpoints else None
-        if retained is not None and (self._newest is None or self._newest.index != retained.index):
-            try:
-                found = lineage.commit(self._log, retained.index).checkpoint
-            except (DamagedRecordError, StorageError):  # rows are saved twice rather than never
-                return self._newest
-            self._newest = Durable(
-                index=retained.index,
-                step=found.step,
-                epoch=found.ledger[-1].epoch if found.ledger else 0,
-                evaluated=found.evaluated,
-            )
-        return self._newest
+    def prepare(self, state: TrainState) -> None:
+        """Make the memory for copies ahead: the first save is to cost no more than a later one."""
+        if self._staging is None and not self._saver.busy and state.step > 0:
+            self._staging = Staging(state)
+            self._saver.start(self._staging.touch)
 
     def wants(self, step: int, *, ends_epoch: bool) -> bool:
-        """Whether `offer` would save after `step` steps, as far as one can know before them."""
-        return self._reason(step, ends_epoch=ends_epoch) is not None
+        """Whether the state should be saved after `step` steps: it is due, and the thread is free.
 
-    def offer(self, state: TrainState, *, ends_epoch: bool) -> None:
-        """Save if one is due. Raises `FencedError`, and `StorageError` after the limit only."""
+        What is due and cannot be, is wanted after every step from then on. Raises what went wrong
+        with the last save: `FencedError`, `StorageError` after the limit only.
+        """
+        self._collect()
+        reason = self._reason(step, ends_epoch=ends_epoch)
+        if reason is not None and self._saver.busy:
+            self._remember(reason)
+            return False
+        return reason is not None
+
+    def offer(
+        self, state: TrainState, *, ends_epoch: bool, comparison: Comparison | None = None
+    ) -> None:
+        """Copy the state if a save is due, and let the thread save it; raises as `wants` does.
+
+        Given a `comparison`, all ranks copy it now, and it is committed if all hold the same.
+        """
+        self._collect()
         reason = self._reason(state.step, ends_epoch=ends_epoch)
         if reason is None or self.is_durable(state):
             return
+        if self._saver.busy or not self._staged.acquire(blocking=False):
+            self._remember(reason)
+            return
         try:
-            self._save(state, reason)
-        except StorageError as error:
-            unsaved = time.monotonic() - self._durable_at
-            if unsaved > self._config.max_unsaved_seconds:
-                raise self._gave_up(error, unsaved) from error
-            self._retry_at = time.monotonic() + limits.SAVE_RETRY_SECONDS
-            _events.warning(
-                "save failed, training goes on",
-                step=state.step,
-                error=str(error),
-                newest_checkpoint=self._newest_step,
-                unsaved_seconds=round(unsaved),
-                gives_up_after_seconds=self._config.max_unsaved_seconds,
-            )
+            self._board.saving = state.step
+            copy = self._copy(state, self._own_staging(state), reason)
+            self._flight = Flight(state.step, comparison)
+            self._saver.start(partial(self._save_copy, copy, self._flight))
+        finally:
+            self._staged.release()
+        now = time.monotonic()
+        self._due_since = self._due_since or now
+        self._copied_at = now
+        self._waiting = None
+
+    def show(self, state: TrainState, comparison: Comparison) -> None:
+        """Copy the state, and let the thread tell rank 0, which saves it, what it is."""
+        self._collect()
+        if self._saver.busy or not self._staged.acquire(blocking=False):
+            return
+        try:
+            copy = self._copy(state, self._own_staging(state), "")
+            self._saver.start(partial(self._tell, copy, comparison))
+        finally:
+            self._staged.release()
 
     def secure(self, state: TrainState, *, reason: str, seconds: float) -> None:
         """See to it that the state is durable, whoever saves it. Raises `StorageError`.
@@ -144,13 +191,27 @@ class Saves:
             except StorageError:  # not there now; the save below tries until the limit
                 break
             if self.is_durable(state):
+                self._publish(self.writer)
                 return
             time.sleep(limits.LAZY_POLL_SECONDS)
         self.insist(state, reason=reason, seconds=deadline - time.monotonic())
 
-    def insist(self, state: TrainState, *, reason: str, seconds: float) -> None:
-        """Make the state durable, trying again until the limit. Raises `StorageError` then."""
-        self._until(lambda: self._save(state, reason), "save failed", seconds)
+    def insist(self, state: TrainState, *, reason: str, seconds: float, hurry: bool = True) -> None:
+        """Make the state durable, trying again until the limit. Raises `StorageError` then.
+
+        A save of this very state that is under way is waited for. An older one is given up: it
+        would only be in the way; unless there is no hurry.
+        """
+        deadline = time.monotonic() + seconds
+        flight = self._flight
+        if flight is not None and (flight.step >= state.step or not hurry):
+            self._saver.wait(_SHARE_FOR_FLIGHT * seconds)
+        self._stop_flight(min(limits.ABANDON_SECONDS, seconds / 4))
+        self._until(
+            lambda: self._save_here(state, reason, deadline),
+            "save failed",
+            deadline - time.monotonic(),
+        )
 
     def finish(self, state: TrainState, *, reason: str, seconds: float) -> None:
         """Record that the run is complete, trying again until the limit."""
@@ -192,8 +253,9 @@ class Saves:
         steps that were skipped nothing was learnt, so their checkpoints hold the same weights.
         Where none is left the run begins anew, from the initial weights.
         """
+        self._land()
         since = state.step - state.skipped
-        for each in reversed(self.writer.head.checkpoints):
+        for each in reversed(self.writer.refresh().checkpoints):
             if each.step >= since:
                 self.writer.quarantine(each, why=why)
         head = self.writer.head
@@ -208,6 +270,7 @@ class Saves:
         one that a rollback has gone back to, or passed over, leads to the same end. Raises
         `NoProgressError` where no other is left, and not even the initial weights.
         """
+        self._land()
         head = self.writer.refresh()
         steps = [0, *(each.step for each in head.checkpoints if each.step <= bad_step)]
         for step in reversed(steps):
@@ -225,28 +288,93 @@ class Saves:
 
         A step is saved once. Rows of an evaluation that came later travel with the next one.
         """
-        return self._newest_step is not None and state.step <= self._newest_step
+        return self._has(state.step)
+
+    def close(self) -> None:
+        """Give up what is under way, and tell what nobody has asked for."""
+        if self._flight is not None:
+            self._flight.abandon()
+        if not self._saver.close(limits.FAREWELL_SECONDS):
+            _events.warning("a save does not end: storage does not answer", step=self._board.saving)
+            return
+        error = self._saver.error()
+        if error is not None and not isinstance(error, AbandonedError):
+            _events.warning("the last save failed", error=str(error))
 
     @property
     def _newest_step(self) -> int | None:
         return self._writer.head.newest_step if self._writer is not None else None
 
+    def _has(self, step: int) -> bool:
+        return self._newest_step is not None and step <= self._newest_step
+
     def _reason(self, step: int, *, ends_epoch: bool) -> str | None:
         now = time.monotonic()
         if self._retry_at is not None:
             return "retry" if now >= self._retry_at else None
-        return self._schedule.reason(
-            step=step, ends_epoch=ends_epoch, seconds_since=now - self._durable_at
+        return self._waiting or self._schedule.reason(
+            step=step, ends_epoch=ends_epoch, seconds_since=now - self._copied_at
+        )
+
+    def _remember(self, reason: str) -> None:
+        """Save as soon as the thread is free."""
+        if self._waiting is None:
+            self._waiting, self._waiting_since = reason, time.monotonic()
+            self._due_since = self._due_since or self._waiting_since
+
+    def _collect(self) -> None:
+        """Take in how the last save has ended. Raises what training must not go on with."""
+        error = self._saver.error()
+        if error is None and self._saver.busy:
+            self._limit_flight()
+            return
+        flight, self._flight = self._flight, None
+        match error:
+            case None if flight is not None:
+                self._due_since = None if self._waiting is None else self._waiting_since
+                self._retry_at = None
+                self.shown = flight.digest or self.shown[0], flight.step
+            case None | AbandonedError():
+                pass
+            case DifferentStatesError() if flight is not None:
+                self.shown = flight.digest or self.shown[0], flight.step
+                self.differs = True
+            case StorageError() if flight is not None:
+                self._put_off(error, flight.step)
+            case _:
+                raise error
+
+    def _limit_flight(self) -> None:
+        unsaved = time.monotonic() - (self._due_since or time.monotonic())
+        if unsaved > self._config.max_unsaved_seconds:
+            raise self._gave_up(StorageError("a save does not come to an end"), unsaved)
+
+    def _put_off(self, error: StorageError, step: int) -> None:
+        """Warn, and try again later: training goes on. Raises `StorageError` after the limit."""
+        now = time.monotonic()
+        unsaved = now - (self._due_since or now)
+        if unsaved > self._config.max_unsaved_seconds:
+            raise self._gave_up(error, unsaved) from error
+        self._retry_at = now + limits.SAVE_RETRY_SECONDS
+        _events.warning(
+            "save failed, training goes on",
+            step=step,
+            error=str(error),
+            newest_checkpoint="none" if self._newest_step is None else self._newest_step,
+            unsaved_seconds=round(unsaved),
+            gives_up_after_seconds=self._config.max_unsaved_seconds,
         )
 
     def _until(self, action: Callable[[], None], failed: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+        deadline = began + seconds
         while True:
             try:
                 action()
             except StorageError as error:
                 if time.monotonic() > deadline:
-                    raise self._gave_up(error, time.monotonic() - self._durable_at) from error
+                    since = self._due_since or began
+                    raise self._gave_up(error, time.monotonic() - since) from error
                 _events.warning(f"{failed}, trying again", error=str(error))
                 left = deadline - time.monotonic()
                 time.sleep(max(0.0, min(limits.SAVE_RETRY_SECONDS, left)))
@@ -261,49 +389,114 @@ class Saves:
             "space or bring the storage back, then the same command goes on"
         )
 
-    def _save(self, state: TrainState, reason: str) -> None:
-        with self._busy:
-            writer = self.writer
-            if self.is_durable(state):
-                return
-            started = time.monotonic()
-            snapshot = self._snapshot(state, reason)
-            try:
-                saved = self._save_with(writer, snapshot)
-            except StorageError:
-                with suppress(StorageError):  # away for this, too
-                    writer.refresh()  # a newer attempt sweeps files under way: then it is fenced
-                raise
-            self._durable_at = time.monotonic()
-            self._retry_at = None
-            if not saved:  # another rank was faster
-                return
-            self._progress.saved(snapshot.step)
+    def _land(self) -> None:
+        """Let a save that is under way come to its end, in time, or give it up."""
+        if self._flight is not None:
+            self._saver.wait(limits.LAND_SECONDS)
+        self._stop_flight(limits.ABANDON_SECONDS)
+        self._board.saving = 0
+
+    def _stop_flight(self, seconds: float) -> None:
+        """Give up the save that is under way; one that does not end can only append an old step."""
+        flight = self._flight
+        if flight is None:
+            return
+        flight.abandon()
+        if not self._saver.wait(seconds):
+            _events.warning("a save is given up and does not end", step=flight.step)
+            return
+        self._flight = None
+        match self._saver.error():
+            case None | AbandonedError():
+                pass
+            case (DifferentStatesError() | FencedError()) as error:
+                raise error
+            case error:  # what follows saves by itself, or finds the same
+                _events.warning("a save failed", step=flight.step, error=str(error))
+
+    def _save_here(self, state: TrainState, reason: str, deadline: float) -> None:
+        """Save on this thread, with memory of its own where the other one still uses the copy."""
+        if not self._staged.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise StorageError("another thread of this process has been saving until now")
+        try:
+            if not self.is_durable(state):
+                free = not self._saver.busy
+                staging = self._own_staging(state) if free else Staging(state)
+                self._save_copy(self._copy(state, staging, reason), UNWATCHED)
+            self._retry_at = self._waiting = self._due_since = None
+        finally:
+            self._staged.release()
+
+    def _own_staging(self, state: TrainState) -> Staging:
+        if self._staging is None or not self._staging.fits(state):
+            self._staging = Staging(state)
+        return self._staging
+
+    def _copy(self, state: TrainState, staging: Staging, reason: str) -> Copy:
+        return Copy.of(state, staging, reason=reason, epochs_done=self._plan.epochs_done)
+
+    def _save_copy(self, copy: Copy, watch: Watch) -> None:
+        """Make a copy durable: on the thread, or on the one that cannot wait for it."""
+        writer = self.writer
+        saved = not self._has(copy.step) and self._write_copy(writer, copy, watch)
+        self._board.saving = 0
+        self._publish(writer)
+        if saved and self._retires:
+            self._retire(writer, watch)
+
+    def _write_copy(self, writer: RunWriter, copy: Copy, watch: Watch) -> bool:
+        started = time.monotonic()
+        snapshot = copy.snapshot()
+        try:
+            saved = self._save_with(writer, snapshot, watch)
+        except StorageError:
+            with suppress(StorageError):  # away for this, too
+                writer.refresh()  # a newer attempt sweeps files under way: then it is fenced
+            raise
+        if saved:  # else another rank was faster
+            self._progress.saved(copy.step)
             _events.info(
                 "saved",
-                step=snapshot.step,
-                reason=reason,
+                step=copy.step,
+                reason=copy.reason,
                 bytes=sum(map(len, snapshot.files.values())),
-                seconds=round(self._durable_at - started, 3),
+                seconds=round(time.monotonic() - started, 3),
             )
-            if self._retires:
-                self._retire(writer)
+        return saved
 
-    def _snapshot(self, state: TrainState, reason: str) -> Snapshot:
-        with state.still():
-            self.writer.parent = state.parent
-            return Snapshot(
-                step=state.step,
-                epoch=self._plan.epochs_done(state.step),
-                reason=reason,
-                files=state.files(),
-                ledger=state.ledger,
-                evaluated=state.evaluated,
-                metrics=dict(state.metrics),
-            )
-
-    def _retire(self, writer: RunWriter) -> None:
+    def _publish(self, writer: RunWriter) -> None:
+        """Let all ranks know what is durable, with the next step."""
+        head = writer.head
+        retained = head.checkpoints[-1] if head.checkpoints else None
+        if retained is None or (self.newest is not None and self.newest.index == retained.index):
+            return
         try:
-            writer.retire(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
+            found = lineage.commit(self._log, retained.index).checkpoint
+        except (DamagedRecordError, StorageError):  # rows are saved twice rather than never
+            return
+        self.newest = Durable(
+            index=retained.index,
+            step=found.step,
+            epoch=found.ledger[-1].epoch if found.ledger else 0,
+            evaluated=found.evaluated,
+        )
+
+    def _retire(self, writer: RunWriter, watch: Watch) -> None:
+        try:
+            writer.retire(
+                keep_last=self._config.keep_last,
+                keep_every=self._config.keep_every,
+                watch=watch,
+            )
+        except AbandonedError:  # the next save does it
+            return
         except StorageError as error:
             _events.warning("old checkpoints were not deleted", error=str(error))
+
+    def _tell(self, copy: Copy, comparison: Comparison) -> None:
+        digest = digest_of(describe(copy.staging.files()), step=copy.step)
+        self.shown = digest, copy.step
+        try:
+            comparison.tell(copy.step, digest)
+        except StoreLostError as error:  # the main thread finds out when it needs its peers
+            _events.info("not compared", step=copy.step, why=str(error))

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from fmnist_dist import digest, plan
 from fmnist_dist.digest import EpochDigest, Lanes
-from fmnist_dist.filenames import EMA, METRICS, MODEL, OPTIMIZER
+from fmnist_dist.filenames import EMA, MODEL, OPTIMIZER
 from fmnist_dist.plan import Settings
 
 _MOMENTUM = 0.9
@@ -52,7 +52,9 @@ class Durable:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
+    """One line of the metrics."""
+
     step: int
     is_score: bool  # of the evaluation due at that step
     line: bytes
@@ -71,7 +73,7 @@ class TrainState:
         self.metrics: dict[str, float] = {}  # the last value of each
         self.evaluated = False  # the evaluation due at this step is done
         self.parent: int | None = None  # record of the checkpoint that ledger and rows begin at
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._lock = threading.RLock()
 
     def still(self) -> AbstractContextManager[object]:
@@ -143,17 +145,17 @@ class TrainState:
         own = self._committed()
         return own if self.ema is None else {**own, **self.ema}
 
-    def files(self) -> dict[str, bytes]:
-        """Serialise; equal states give equal bytes. Metrics last: see `checkpoint.sweep`."""
-        with self._lock:
-            files = {
-                MODEL: save(_dense(self._committed())),
-                OPTIMIZER: save(_dense(dict(self._optimizer_tensors()))),
-            }
-            if self.ema is not None:
-                files[EMA] = save(_dense(self.ema))
-            files[METRICS] = b"".join(row.line for row in self._rows)
+    def tensors_by_file(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors that a checkpoint holds, as they are in memory, by file and name."""
+        files = {MODEL: self._committed(), OPTIMIZER: dict(self._optimizer_tensors())}
+        if self.ema is not None:
+            files[EMA] = self.ema
         return files
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return the metric rows since the parent."""
+        with self._lock:
+            return tuple(self._rows)
 
     def image(self) -> list[bytes | memoryview]:
         """Return the whole state as bytes, for memory of the same build: no copy, no format.
@@ -231,7 +233,7 @@ class TrainState:
         facts = json.loads(image[8:start])
         rows = []
         for step, is_score, length in facts["rows"]:
-            rows.append(_Row(step, is_score, bytes(image[start : start + length])))
+            rows.append(Row(step, is_score, bytes(image[start : start + length])))
             start += length
         with self._lock:
             self.optimizer.zero_grad(set_to_none=True)
@@ -268,7 +270,7 @@ class TrainState:
     def _add_row(self, values: Mapping[str, float], *, is_score: bool) -> None:
         with self._lock:
             line = json.dumps({"step": self.step, **values}).encode() + b"\n"
-            self._rows.append(_Row(self.step, is_score, line))
+            self._rows.append(Row(self.step, is_score, line))
             self.metrics.update(values)
 
     def _settle(self, durable: Durable | None) -> None:
@@ -348,11 +350,6 @@ def _averaged(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if tensor.is_floating_point()
     }
-
-
-def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors wants contiguous tensors; channels_last ones are not.
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _memory(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fmnist_dist.checkpoint.disk import disk_from
 from fmnist_dist.data.split import Batch
 from fmnist_dist.desk import Desk, Prepared
 from fmnist_dist.distributed import generation, share, world
+from fmnist_dist.distributed.comparison import Comparison
 from fmnist_dist.distributed.connection import StoreLostError
 from fmnist_dist.distributed.generation import Arrival, Meeting, PeersLeftError
 from fmnist_dist.distributed.roster import StoreKeys
@@ -53,8 +54,9 @@ class Trainer:
         self._device = world.device_of(self._config.device, local_rank=self._roster.local_rank)
         self._store = self._roster.connect()
         self._keys = StoreKeys(self._store)
-        # A connection of its own: the main thread may be inside a call on the other one.
+        # Connections of their own: each is for one thread.
         self._lookout_keys = StoreKeys(self._roster.connect())
+        self._saver_keys = StoreKeys(self._roster.connect())
         self._kept = KeptCopy(desk.slots, warn=_events.warning)
         self._healing = Healing(desk.lost, died_at=desk.died_at)
         self._held = inherit(prepared, desk, self._device)
@@ -273,7 +275,8 @@ class Trainer:
                         spoil={"corrupt": lambda _: _flip_a_bit(held.state.model)},
                     ),
                     evaluate=faults.wrap("evaluate", evaluate),
-                    agree=lambda digest: share.require_equal(joined, digest, step=held.state.step),
+                    agree=lambda digest, step: share.require_equal(joined, digest, step=step),
+                    comparison=self._comparison(joined, meeting),
                     progress=held.progress,
                     stop=self._stop,
                     board=board,
@@ -299,6 +302,13 @@ class Trainer:
             shown = {n: round(metrics[n], 4) for n in ("test_accuracy",) if n in metrics}
             _events.info("finished", run=str(self._prepared.place), step=held.state.step, **shown)
 
+    def _comparison(self, joined: World, meeting: Meeting) -> Comparison | None:
+        if joined.size == 1:
+            return None
+        return Comparison(
+            self._saver_keys, generation=meeting.generation, rank=joined.rank, size=joined.size
+        )
+
     def _agree(self, joined: World, meeting: Meeting) -> Held | None:
         """Open the run and hold the state that all hold; None when nothing is left to do."""
         source, board, faults = meeting.source, self._board, self._prepared.faults
@@ -323,7 +333,7 @@ class Trainer:
         board.resumption = found.resumption.to_json()
         if source is None or self._held is None:
             self.close()
-            self._held = hold(self._prepared, found, joined.device)
+            self._held = hold(self._prepared, board, found, joined.device)
             if source is None and found.files:
                 board.restoring = -1 if found.resumption.parent is None else found.resumption.parent
                 faults.wrap("restore", found.resumption.restore)(self._held.state, found.files)

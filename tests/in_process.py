@@ -24,10 +24,13 @@ from fmnist_dist import job, train  # noqa: F401 - `job`: torch is imported befo
 from fmnist_dist.checkpoint import disk
 from fmnist_dist.data.dataset import DATASETS
 from fmnist_dist.data.sources import Origin
+from fmnist_dist.saves import Saves
 
 NUM_SAMPLES = 30  # of the small training set
 BATCH = 8  # four steps an epoch, the last one of six samples
+LIMIT_SECONDS = 120.0  # of one save
 _TESTS = Path(__file__).resolve().parent
+_wants = Saves.wants
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
 
 
@@ -80,6 +83,7 @@ def launch(
         ),
         contextlib.redirect_stderr(stderr),
         _process_as_before(),
+        mock.patch.object(Saves, "wants", _wants_patiently),
     ):
         try:
             code = train.main()
@@ -92,6 +96,12 @@ def clean_environ() -> dict[str, str]:
     """Return this process's environment without what a launcher or a user set for training."""
     foreign = ("FMNIST_DIST_", *_LAUNCHER)
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
+def _wants_patiently(saves: Saves, step: int, *, ends_epoch: bool) -> bool:
+    """Let each save end before the next step: these steps take less time than a save."""
+    assert saves._saver.wait(LIMIT_SECONDS)
+    return _wants(saves, step, ends_epoch=ends_epoch)
 
 
 @contextlib.contextmanager

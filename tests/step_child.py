@@ -24,6 +24,7 @@ from fmnist_dist.distributed.step import ShardedStep, Wishes
 from fmnist_dist.distributed.world import World
 from fmnist_dist.models.cnn import Cnn
 from fmnist_dist.plan import Plan, Settings
+from fmnist_dist.staging import Staging
 from fmnist_dist.state import TrainState
 
 
@@ -77,10 +78,13 @@ def train(world: World, case: dict) -> dict:
         losses.append(outcome.result.loss)
         asked.append(outcome.wishes.stop)
     step.close()
+    staging = Staging(state)
+    staging.copy(state)
+    files = {**staging.files(), "rows": b"".join(row.line for row in state.rows())}
     return {
         "announced": announced,
         "unannounced": step._ddp._has_rebuilt_buckets,
-        "files": {n: hashlib.sha256(d).hexdigest() for n, d in state.files().items()},
+        "files": {n: hashlib.sha256(d).hexdigest() for n, d in files.items()},
         "losses": losses,
         "asked": asked,
         "ledger": [[e.epoch, e.count, *e.digest] for e in state.ledger],

@@ -48,9 +48,10 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/distributed/interface.py::_ipv4_address": (1, "an interface without an address"),
     "fmnist_dist/distributed/roster.py::_parent_identity": (1, "no /proc: named without its start"),
     "fmnist_dist/inspection/foundrun.py::_names": (1, "somebody else's folder is no candidate"),
-    "fmnist_dist/saves.py::Saves.newest": (1, "rows are saved twice; the next save tells"),
+    "fmnist_dist/saves.py::Saves._publish": (1, "rows are saved twice; the next save tells"),
+    "fmnist_dist/saves.py::Saves._retire": (1, "given up for a newer save, which retires"),
     "fmnist_dist/saves.py::Saves.secure": (1, "the save that follows tells"),
-    "fmnist_dist/saves.py::Saves._save": (1, "the save's own error is raised on"),
+    "fmnist_dist/saves.py::Saves._write_copy": (1, "the save's own error is raised on"),
     "fmnist_dist/trainer.py::Trainer._secure": (1, "all may save: the log admits one"),
     "fmnist_dist/trainer.py::Trainer._join.has_failed": (1, "failed; the main thread finds why"),
     # The work is done already, by whomever.
@@ -97,6 +98,7 @@ ENTRIES = {
     "fmnist_dist/train.py::_code_of": "a process: logged with its traceback, exit code 1",
     "fmnist_dist/keeper/fork.py::fork": "a forked process: traceback printed, exit code 1",
     "fmnist_dist/distributed/reduce.py::GradientTree._scatter.finish": "a thread: the step raises",
+    "fmnist_dist/saver.py::Saver._run": "a thread: raised at the next step, or told at the end",
 }
 
 _LOGS = ("_events.", "_log.", "print", "sys.stderr.write", "traceback.print_exc", "self._warn")

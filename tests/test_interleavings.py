@@ -407,8 +407,8 @@ def deletes_a_folder_without_an_answer(patch: pytest.MonkeyPatch) -> None:
 def commits_before_its_files_are_written(patch: pytest.MonkeyPatch) -> None:
     write_right = writer.write_files
 
-    def wrong(storage: Storage, folder: str, files: dict[str, bytes]) -> None:
-        write_right(storage, folder, dict(list(files.items())[1:]))
+    def wrong(storage: Storage, folder: str, files: dict[str, bytes], **more: Any) -> None:
+        write_right(storage, folder, dict(list(files.items())[1:]), **more)
 
     patch.setattr(writer, "write_files", wrong)
 

@@ -22,21 +22,22 @@ LAYERS = (
     {"healing", "held"},
     {"loop", "lookout", "opening"},
     {"build", "desk", "saves", "takeover"},
-    {"checkpoint", "data", "distributed", "handover", "models", "telemetry"},
+    {"flight"},
+    {"checkpoint", "data", "distributed", "handover", "models", "staging", "telemetry"},
     {"agreement", "state"},
-    {"plan", "digest", "filenames"},
+    {"plan", "digest", "filenames", "tensorfile"},
     {"settings"},
     {"config"},
     {"rule"},
     {"usage"},
-    {"errors", "faults", "keys", "limits"},
+    {"errors", "faults", "keys", "limits", "saver"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # Thousands of their interleavings run in seconds, and `runs` answers at once.
 WITHOUT_TORCH = ["agreement", "config", "data.order", "digest", "distributed.meeting"]
 WITHOUT_TORCH += ["distributed.generation", "distributed.process", "distributed.stop"]
-WITHOUT_TORCH += ["distributed.interface"]
+WITHOUT_TORCH += ["distributed.comparison", "distributed.interface", "saver"]
 WITHOUT_TORCH += ["distributed.transfer", "faults", "keeper.deaths", "keeper.watchdog", "limits"]
 WITHOUT_TORCH += [f"handover.{path.stem}" for path in (PACKAGE / "handover").glob("[a-z]*.py")]
 WITHOUT_TORCH += ["distributed.tree", "errors", "filenames", "keys", "plan", "rule", "runs"]

@@ -28,6 +28,8 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     # Children that wait for their keeper, and die with it.
     "fmnist_dist/keeper/spare.py::Spare.__init__.wait_for_call": (1, "the end of its keeper"),
     "fmnist_dist/distributed/roster.py::_serve_store": (3, "its whole work, till its keeper's end"),
+    # A thread that waits for work.
+    "fmnist_dist/saver.py::Saver._run": (1, "the word to end, and the end of its process"),
     # Pipes that do not block.
     "fmnist_dist/keeper/keep.py::Keeper._hear": (1, "the pipe is O_NONBLOCK"),
     "fmnist_dist/distributed/stop.py::StopRequest.read": (1, "the pipe is O_NONBLOCK"),
@@ -38,7 +40,9 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     # Locks, each held for work that ends.
     "fmnist_dist/lookout.py::Lookout.watching": (2, "held for one store call: ANSWER_SECONDS"),
     "fmnist_dist/lookout.py::Lookout._break_off": (1, "held while the two lines above assign"),
-    "fmnist_dist/saves.py::Saves._save": (1, "held for one save: the watchdog's SAVE_SECONDS"),
+    "fmnist_dist/saves.py::Saves.writer": (1, "held for reads of the log: the storage's limits"),
+    "fmnist_dist/checkpoint/writer.py::RunWriter._append": (1, "held for appends: the same"),
+    "fmnist_dist/checkpoint/writer.py::RunWriter.save": (1, "held for its append: the same"),
     # The system's own limits.
     "fmnist_dist/distributed/interface.py::interface_towards": (1, "the resolver's own time-out"),
     "fmnist_dist/data/apt.py::_run": (1, "the process group was killed by then"),

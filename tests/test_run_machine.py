@@ -284,7 +284,7 @@ class TestRunMachineForLong(RunMachine.TestCase):
 
 
 def counts_unverified_checkpoints(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RunWriter, "_verify", lambda mine, each: mine._verified.add(each.index))
+    patch.setattr(RunWriter, "_verify", lambda mine, each, _: mine._verified.add(each.index))
 
 
 def follows_without_a_look_at_the_attempt(patch: pytest.MonkeyPatch) -> None:

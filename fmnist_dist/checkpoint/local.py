@@ -38,7 +38,7 @@ class LocalStorage:
         self._disk = disk or Disk()
         self._durable: set[Path] = set()  # folders whose names are synced
 
-    def create(self, path: str, data: bytes) -> None:
+    def create(self, path: str, data: bytes | memoryview) -> None:
         target = self.root / path
         try:
             self._make_folders(self.root / TEMPORARY_FOLDER)
@@ -85,7 +85,7 @@ class LocalStorage:
         if not gone:
             raise StorageError(f"cannot delete {target}: somebody keeps adding files to it")
 
-    def _create(self, target: Path, data: bytes) -> None:
+    def _create(self, target: Path, data: bytes | memoryview) -> None:
         temporary = self.root / TEMPORARY_FOLDER / f"{target.name}.{secrets.token_hex(8)}"
         descriptor = self._disk.open_new(temporary)
         try:

@@ -1,6 +1,7 @@
 """Reading checkpoints back: every byte is compared with its record before anybody uses it."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fmnist_dist.checkpoint.head import Retained
@@ -42,14 +43,24 @@ def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
 
 def read_checkpoint(storage: Storage, log: RunLog, retained: Retained) -> Restored:
     """Return a retained checkpoint, whole and verified. Raises `DamagedCheckpointError`."""
-    try:
-        found = commit(log, retained.index)
-    except DamagedRecordError as error:
-        raise DamagedCheckpointError(str(error)) from error
+    found = _commit(log, retained)
     files = {
         name: read_file(storage, found.checkpoint, name) for name in sorted(found.checkpoint.files)
     }
     return Restored(commit=found, files=files)
+
+
+def check_checkpoint(
+    storage: Storage, log: RunLog, retained: Retained, *, go_on: Callable[[], None]
+) -> None:
+    """Read a retained checkpoint back, one file after the other, and keep none of them.
+
+    `go_on` is called before each, and may raise. Raises `DamagedCheckpointError`.
+    """
+    found = _commit(log, retained)
+    for name in sorted(found.checkpoint.files):
+        go_on()
+        read_file(storage, found.checkpoint, name)
 
 
 def read_newest(storage: Storage, log: RunLog, *, step: int | None = None) -> Restored:
@@ -76,3 +87,10 @@ def read_newest(storage: Storage, log: RunLog, *, step: int | None = None) -> Re
         except DamagedCheckpointError as error:
             if left[-1] in log.read().head.checkpoints:
                 damage[left[-1].index] = str(error)
+
+
+def _commit(log: RunLog, retained: Retained) -> Commit:
+    try:
+        return commit(log, retained.index)
+    except DamagedRecordError as error:
+        raise DamagedCheckpointError(str(error)) from error

@@ -27,7 +27,7 @@ class MissingError(Exception):
 class Storage(Protocol):
     """Where a run lives. Every verb raises `StorageError` when the storage fails."""
 
-    def create(self, path: str, data: bytes) -> None:
+    def create(self, path: str, data: bytes | memoryview) -> None:
         """Write a new object, durably. Raises `AlreadyExistsError`; never replaces anything."""
 
     def read(self, path: str) -> bytes:

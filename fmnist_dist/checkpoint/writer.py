@@ -8,16 +8,20 @@ Every rank of an attempt may have a writer. The log admits each step once, whoev
 What a rank saves is relative to its own `parent`: the metric rows since then, and no others. So the
 line through the parents has each row once, although it may lead past what other ranks have saved.
 A rank whose state comes from beyond a cut is refused: see `CutOffError`.
+
+A writer is for several threads: one may save while others append what is small. Only appends wait
+for each other, never for files.
 """
 
-import hashlib
 import secrets
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 from fmnist_dist.checkpoint import lineage
-from fmnist_dist.checkpoint.folder import give_back, write_files
+from fmnist_dist.checkpoint.folder import describe, give_back, write_files
 from fmnist_dist.checkpoint.head import Head, Retained
 from fmnist_dist.checkpoint.lineage import Commit
 from fmnist_dist.checkpoint.log import RunLog
@@ -34,10 +38,16 @@ from fmnist_dist.checkpoint.record import (
     Retire,
     Rollback,
 )
-from fmnist_dist.checkpoint.restore import DamagedCheckpointError, Restored, read_checkpoint
+from fmnist_dist.checkpoint.restore import (
+    DamagedCheckpointError,
+    Restored,
+    check_checkpoint,
+    read_checkpoint,
+)
 from fmnist_dist.checkpoint.retention import to_retire
 from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.checkpoint.sweep import CHECKPOINTS, Swept, delete_tensors, folder_name, sweep
+from fmnist_dist.checkpoint.watch import UNWATCHED, AbandonedError, Watch
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import DataDamagedError, FencedError, OvertakenError, TransientError
 
@@ -49,6 +59,16 @@ class CutOffError(TransientError):
     """
 
 
+class TornCopyError(TransientError):
+    """What was to be saved has changed while it was written."""
+
+
+class Own(Enum):
+    """The parent of a snapshot that leaves it to its writer."""
+
+    OWN = auto()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """A state to save: its files, and what its record says of it."""
@@ -56,10 +76,11 @@ class Snapshot:
     step: int
     epoch: float
     reason: str
-    files: Mapping[str, bytes]
+    files: Mapping[str, bytes | memoryview]
     ledger: tuple[EpochDigest, ...]
     evaluated: bool
     metrics: Mapping[str, float]
+    parent: int | Own | None = Own.OWN  # what rows and ledger begin at
 
 
 class RunWriter:
@@ -86,6 +107,7 @@ class RunWriter:
         self._kin = kin  # the owners of attempts that are of the same launch
         self._damaged = damaged  # records at the log's end, as this attempt found it
         self._knows = head.attempt_index or 0  # rollbacks up to this record, the state comes after
+        self._lock = threading.RLock()  # of an append
         self.head = head
         self.attempt = head.attempt
         self.parent: int | None = None
@@ -181,25 +203,34 @@ class RunWriter:
             self._swept = self.attempt - 1
         return swept
 
-    def save(self, snapshot: Snapshot) -> bool:
+    def save(self, snapshot: Snapshot, watch: Watch = UNWATCHED) -> bool:
         """Make a state durable; False if one as new already stands in the log.
 
         Only after True do the next snapshot's rows begin anew: after False they are those of this
-        one and what comes. Raises `FencedError`, `CutOffError`, or `StorageError`: then the former
+        one and what comes. Raises `FencedError`, `CutOffError`, what `watch` raises,
+        `TornCopyError` for memory that has changed meanwhile, or `StorageError`: then the former
         checkpoint is as good as before.
         """
+        if not isinstance(snapshot.parent, Own):
+            self.parent = snapshot.parent
+        parent = self.parent  # of this snapshot, whatever is saved beside it
+        files = describe(snapshot.files, go_on=watch.go_on)
         folder = folder_name(step=snapshot.step, attempt=self.attempt, nonce=secrets.token_hex(8))
-        write_files(self._storage, folder, snapshot.files)
+        try:
+            write_files(self._storage, folder, snapshot.files, go_on=watch.go_on)
+            self._check_unchanged(snapshot, files, watch)
+            watch.confirm(files)
+        except Exception:
+            # No record was tried yet, so nobody can have seen this folder.
+            give_back(self._storage, folder)
+            raise
         body = Checkpoint(
             step=snapshot.step,
             epoch=snapshot.epoch,
             reason=snapshot.reason,
             folder=folder,
-            files={
-                name: File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-                for name, data in snapshot.files.items()
-            },
-            parent=self.parent,
+            files=files,
+            parent=parent,
             ledger=snapshot.ledger,
             evaluated=snapshot.evaluated,
             metrics=dict(snapshot.metrics),
@@ -207,30 +238,34 @@ class RunWriter:
         )
 
         def unless_old(head: Head) -> Checkpoint | None:
+            watch.go_on()
             self._check_cut(head)
             return None if _is_old(head, body.step) else body
 
         try:
-            saved = self._append(unless_old)
-        except (FencedError, CutOffError):
+            with self._lock:
+                saved = self._append(unless_old)
+                if saved:
+                    self.parent = self.head.index
+        except (FencedError, CutOffError, AbandonedError):
             # Refused for certain, so nobody will ever look for this folder, and the newer attempt
             # may have swept already. (After a StorageError the record may stand: hands off.)
             give_back(self._storage, folder)
             raise
-        if saved:
-            self.parent = self.head.index
-        else:
+        if not saved:
             give_back(self._storage, folder)
         return saved
 
-    def retire(self, *, keep_last: int, keep_every: int | None) -> list[int]:
+    def retire(
+        self, *, keep_last: int, keep_every: int | None, watch: Watch = UNWATCHED
+    ) -> list[int]:
         """Retire what retention lets go and what was cut off; delete the tensors, return the steps.
 
         Counts only checkpoints that were read back whole: a damaged one keeps nothing alive.
         Decides on the head that it appends to: other ranks retire, quarantine and roll back too.
         """
         for retained in self.head.checkpoints:
-            self._verify(retained)
+            self._verify(retained, watch)
 
         def due(head: Head) -> tuple[int, ...]:
             whole = [each for each in head.checkpoints if each.index in self._verified]
@@ -311,8 +346,20 @@ class RunWriter:
             return body
 
         # Folding first lets a fenced writer, and one with nothing to add, find out without a put.
-        self.head = self._log.append(self._log.advance(self.head), decide=unless_fenced)
+        with self._lock:
+            self.head = self._log.append(self._log.advance(self.head), decide=unless_fenced)
         return appended
+
+    def _check_unchanged(self, snapshot: Snapshot, files: Mapping[str, File], watch: Watch) -> None:
+        """Compare what was written with what was to be written, where it could have changed."""
+        mutable = {n: data for n, data in snapshot.files.items() if isinstance(data, memoryview)}
+        for name, found in describe(mutable, go_on=watch.go_on).items():
+            if found != files[name]:
+                raise TornCopyError(
+                    f"the copy of the state of step {snapshot.step} changed while its {name} was "
+                    "written: memory or a processor here is faulty; nothing of it is saved, a "
+                    "restart goes on from the newest checkpoint"
+                )
 
     def _check_fence(self, head: Head) -> None:
         if head.attempt != self.attempt:
@@ -360,11 +407,11 @@ class RunWriter:
                     self.quarantine(retained[index], why=str(error))
         return commits
 
-    def _verify(self, retained: Retained) -> None:
+    def _verify(self, retained: Retained, watch: Watch) -> None:
         if retained.index in self._verified:
             return
         try:
-            read_checkpoint(self._storage, self._log, retained)
+            check_checkpoint(self._storage, self._log, retained, go_on=watch.go_on)
         except DamagedCheckpointError as error:
             self.quarantine(retained, why=str(error))
         else:

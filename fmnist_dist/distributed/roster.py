@@ -113,6 +113,9 @@ class StoreKeys:
     def compare_set(self, key: str, expected: str, desired: str) -> str:
         return str(self._store.compare_set(key, expected, desired).decode())
 
+    def delete(self, key: str) -> None:
+        self._store.delete_key(key)
+
 
 def _serve_store(port: int) -> NoReturn:
     """Be the store of a launcher that has none to share, until the parent dies."""

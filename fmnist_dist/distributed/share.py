@@ -11,6 +11,10 @@ from fmnist_dist.distributed.world import World
 from fmnist_dist.errors import TransientError
 
 
+class DifferentStatesError(TransientError):
+    """The ranks do not hold the same state: somebody's memory or processor is faulty."""
+
+
 def broadcast(world: World, data: bytes | None, *, source: int, key: str) -> bytes:
     """Return the bytes of rank `source` on every rank; the other ranks pass None.
 
@@ -30,7 +34,10 @@ def broadcast(world: World, data: bytes | None, *, source: int, key: str) -> byt
 
 
 def require_equal(world: World, digest: str, *, step: int) -> None:
-    """Compare a state's digest, SHA-256 as hex, over all ranks. Raises `TransientError`."""
+    """Compare a state's digest, SHA-256 as hex, over all ranks.
+
+    Raises `DifferentStatesError`.
+    """
     if world.size == 1:
         return
     own = _tensor(bytes.fromhex(digest)).to(world.device)
@@ -41,13 +48,13 @@ def require_equal(world: World, digest: str, *, step: int) -> None:
 
 
 def refuse_different(digests: Mapping[int, str], *, step: int) -> None:
-    """Raise `TransientError` unless all ranks, the keys, hold the same state."""
+    """Raise `DifferentStatesError` unless all ranks, the keys, hold the same state."""
     found = list(digests.values())
     if len(set(found)) == 1:
         return
     most = max(found, key=found.count)
     others = [rank for rank, each in digests.items() if each != most]
-    raise TransientError(
+    raise DifferentStatesError(
         f"the ranks hold different states after step {step} (rank "
         f"{', '.join(map(str, others))} unlike the others): memory or a processor there is faulty; "
         "nothing of it is saved, a restart goes on from the newest checkpoint"

@@ -50,6 +50,7 @@ class Wishes:
 
     stop: bool = False
     save: bool = False
+    differs: bool = False  # what the ranks have copied for a save
     durable: Durable | None = None
 
 
@@ -182,7 +183,7 @@ class ShardedStep:
             torch.cuda.manual_seed(key)
 
 
-_WISHES = 6  # stop, save, and what is durable: record + 1, step, epoch, evaluated
+_WISHES = 7  # stop, save, differs, and what is durable: record + 1, step, epoch, evaluated
 _INTEGERS = _WISHES + 4  # samples, correct, digest lanes
 
 
@@ -193,17 +194,17 @@ def _encode(wishes: Wishes) -> list[int]:
         if durable
         else [0] * 4
     )
-    return [int(wishes.stop), int(wishes.save), *known]
+    return [int(wishes.stop), int(wishes.save), int(wishes.differs), *known]
 
 
 def _decode(sums: list[int]) -> Wishes:
-    stop, save, record, step, epoch, evaluated = sums
+    stop, save, differs, record, step, epoch, evaluated = sums
     durable = (
         Durable(index=record - 1, step=step, epoch=epoch, evaluated=evaluated > 0)
         if record
         else None
     )
-    return Wishes(stop=stop > 0, save=save > 0, durable=durable)
+    return Wishes(stop=stop > 0, save=save > 0, differs=differs > 0, durable=durable)
 
 
 class _Loss(nn.Module):

@@ -131,9 +131,10 @@ class Board:
     draining = _Flag(8)  # keeper: a signal came
     drain_deadline = _Real(9)  # keeper: when a drain must be over; 0: none
     restoring = _Whole(10)  # record of the checkpoint that is being restored; -1: none
-    _resumption = _Text(word=11, offset=13 * _WORD, capacity=RESUMPTION_BYTES)
-    _error = _Text(word=12, offset=13 * _WORD + 2 * RESUMPTION_BYTES, capacity=_ERROR_BYTES)
-    _SIZE = 13 * _WORD + 2 * RESUMPTION_BYTES + 2 * _ERROR_BYTES
+    saving = _Whole(13)  # the step whose save is under way; 0: none. It starts again if it dies
+    _resumption = _Text(word=11, offset=14 * _WORD, capacity=RESUMPTION_BYTES)
+    _error = _Text(word=12, offset=14 * _WORD + 2 * RESUMPTION_BYTES, capacity=_ERROR_BYTES)
+    _SIZE = 14 * _WORD + 2 * RESUMPTION_BYTES + 2 * _ERROR_BYTES
 
     def __init__(self, memory: mmap.mmap) -> None:
         self.bytes = memoryview(memory)
