@@ -4,8 +4,10 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from in_process import SmallRun, in_child, launch, number_of, operations, small_run
@@ -23,6 +25,7 @@ from running import running
 
 from fmnist_dist import limits
 from fmnist_dist.checkpoint.record import Finish
+from fmnist_dist.distributed.stop import StopRequest
 from fmnist_dist.errors import ExitCode
 from fmnist_dist.saves import Schedule
 
@@ -278,13 +281,24 @@ def test_a_run_that_cannot_save_when_it_is_asked_to_stop_does_not_say_that_it_di
 
 
 def after(text: str, *signals: signal.Signals) -> Callable[[str], None]:
-    """Return a listener that signals this process once `text` has been said."""
+    """Return a listener that signals this process once `text` has been said, by any thread."""
 
     def told(said: str) -> None:
-        if text in said:
-            for number in signals:
-                os.kill(os.getpid(), number)
+        if text not in said:
+            return
+        for place, number in enumerate(signals, start=1):
+            heard = threading.Event()
 
+            def asked(stop: StopRequest, heard: threading.Event = heard) -> None:
+                ask(stop)
+                heard.set()
+
+            with mock.patch.object(StopRequest, "ask", asked):
+                os.kill(os.getpid(), number)
+                if place < len(signals):
+                    assert heard.wait(60)  # two at once would be one
+
+    ask = StopRequest.ask
     return told
 
 
