@@ -204,8 +204,10 @@ class Saves:
         """
         deadline = time.monotonic() + seconds
         flight = self._flight
-        if flight is not None and (flight.step >= state.step or not hurry):
+        if flight is not None and flight.step >= state.step:
             self._saver.wait(_SHARE_FOR_FLIGHT * seconds)
+        elif flight is not None and not hurry:
+            self._saver.wait(min(limits.LAND_SECONDS, _SHARE_FOR_FLIGHT * seconds))
         self._stop_flight(min(limits.ABANDON_SECONDS, seconds / 4))
         self._until(
             lambda: self._save_here(state, reason, deadline),
