@@ -155,7 +155,7 @@ class Training:
         settings = settings_of(self.config)
         self.state = TrainState(model, optimizer=self.config.optimizer, settings=settings)
         self.plan = Plan(dataclasses.replace(settings, epochs=10**6), num_samples=60_000)
-        self._matrix = torch.randn(WORK_SIZE, WORK_SIZE) / WORK_SIZE
+        self._matrix = torch.randn(WORK_SIZE, WORK_SIZE) / WORK_SIZE**0.5
         self.step()
         self.state_bytes = sum(
             each.numel() * each.element_size() for _, each in self.state._tensors()

@@ -38,11 +38,18 @@ class Copy:
 
     @staticmethod
     def of(
-        state: TrainState, staging: Staging, *, reason: str, epochs_done: Callable[[int], float]
+        state: TrainState,
+        staging: Staging | None,
+        *,
+        reason: str,
+        epochs_done: Callable[[int], float],
     ) -> "Copy":
-        """Copy a state; commits wait meanwhile."""
+        """Copy a state, into other memory where this does not fit; commits wait meanwhile."""
         with state.still():
-            staging.copy(state)
+            tensors = state.tensors_by_file()
+            if staging is None or not staging.fits(tensors):
+                staging = Staging(tensors)
+            staging.copy(tensors)
             return Copy(
                 step=state.step,
                 epoch=epochs_done(state.step),

@@ -125,7 +125,8 @@ class Saves:
     def prepare(self, state: TrainState) -> None:
         """Make the memory for copies ahead: the first save is to cost no more than a later one."""
         if self._staging is None and not self._saver.busy and state.step > 0:
-            self._staging = Staging(state)
+            with state.still():
+                self._staging = Staging(state.tensors_by_file())
             self._saver.start(self._staging.touch)
 
     def wants(self, step: int, *, ends_epoch: bool) -> bool:
@@ -157,7 +158,7 @@ class Saves:
             return
         try:
             self._board.saving = state.step
-            copy = self._copy(state, self._own_staging(state), reason)
+            copy = self._copy(state, reason)
             self._flight = Flight(state.step, comparison)
             self._saver.start(partial(self._save_copy, copy, self._flight))
         finally:
@@ -173,7 +174,7 @@ class Saves:
         if self._saver.busy or not self._staged.acquire(blocking=False):
             return
         try:
-            copy = self._copy(state, self._own_staging(state), "")
+            copy = self._copy(state, "")
             self._saver.start(partial(self._tell, copy, comparison))
         finally:
             self._staged.release()
@@ -422,20 +423,18 @@ class Saves:
             raise StorageError("another thread of this process has been saving until now")
         try:
             if not self.is_durable(state):
-                free = not self._saver.busy
-                staging = self._own_staging(state) if free else Staging(state)
-                self._save_copy(self._copy(state, staging, reason), UNWATCHED)
+                self._save_copy(self._copy(state, reason), UNWATCHED)
             self._retry_at = self._waiting = self._due_since = None
         finally:
             self._staged.release()
 
-    def _own_staging(self, state: TrainState) -> Staging:
-        if self._staging is None or not self._staging.fits(state):
-            self._staging = Staging(state)
-        return self._staging
-
-    def _copy(self, state: TrainState, staging: Staging, reason: str) -> Copy:
-        return Copy.of(state, staging, reason=reason, epochs_done=self._plan.epochs_done)
+    def _copy(self, state: TrainState, reason: str) -> Copy:
+        """Copy the state: into the memory made for it, unless a save that hangs still uses that."""
+        free = None if self._saver.busy else self._staging
+        copy = Copy.of(state, free, reason=reason, epochs_done=self._plan.epochs_done)
+        if not self._saver.busy:
+            self._staging = copy.staging
+        return copy
 
     def _save_copy(self, copy: Copy, watch: Watch) -> None:
         """Make a copy durable: on the thread, or on the one that cannot wait for it."""

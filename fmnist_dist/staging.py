@@ -4,18 +4,20 @@ It is laid out as the files of a checkpoint (`tensorfile`), made once and filled
 a save needs no second copy and none of its bytes is touched for the first time within a step.
 """
 
-import torch
+from collections.abc import Mapping
 
-from fmnist_dist.state import TrainState
+import torch
+from torch import Tensor
+
 from fmnist_dist.tensorfile import TensorFile
+
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by file and name: `TrainState.tensors_by_file`
 
 
 class Staging:
     """One copy of a state: `copy` it, then take its `files`. For one thread at a time."""
 
-    def __init__(self, state: TrainState) -> None:
-        with state.still():
-            tensors = state.tensors_by_file()
+    def __init__(self, tensors: Tensors) -> None:
         devices = {each.device for file in tensors.values() for each in file.values()}
         on_device = any(device.type == "cuda" for device in devices)
         self._files = {name: TensorFile(file, pinned=on_device) for name, file in tensors.items()}
@@ -27,12 +29,11 @@ class Staging:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._is_arranged = False
 
-    def fits(self, state: TrainState) -> bool:
-        """Whether the state's tensors are those that this was made for.
+    def fits(self, tensors: Tensors) -> bool:
+        """Whether this was made for such tensors.
 
         They are others once the optimizer has taken its first step.
         """
-        tensors = state.tensors_by_file()
         return tensors.keys() == self._files.keys() and all(
             self._files[name].fits(file) for name, file in tensors.items()
         )
@@ -44,10 +45,9 @@ class Staging:
                 place.zero_()
 
     @torch.no_grad()
-    def copy(self, state: TrainState) -> None:
-        """Copy the state, which must stand still meanwhile (`TrainState.still`)."""
+    def copy(self, tensors: Tensors) -> None:
+        """Copy what fits; the state must stand still meanwhile (`TrainState.still`)."""
         self._is_arranged = False
-        tensors = state.tensors_by_file()
         places = [place for file in self._files.values() for place in file.tensors]
         sources = [each.detach() for file in tensors.values() for each in file.values()]
         if self._stream is None or self._copied is None:

