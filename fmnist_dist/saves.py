@@ -109,6 +109,7 @@ class Saves:
         self._waiting_since = time.monotonic()
         self._due_since: float | None = None  # the oldest state that is not durable and should be
         self._retry_at: float | None = None
+        self._took = 0.0  # seconds that the last save took, from its copy to its record
         self.newest: Durable | None = None  # as rank 0 tells the others with every step
         self.differs = False  # the ranks' copies; see `loop`
         self.shown = digest_of({}, step=0), 0  # the digest of this rank's copy, and its step
@@ -201,11 +202,12 @@ class Saves:
         """Make the state durable, trying again until the limit. Raises `StorageError` then.
 
         A save of this very state that is under way is waited for. An older one is given up: it
-        would only be in the way; unless there is no hurry.
+        would only be in the way. Not where there is no hurry, nor where saves take longer than
+        there is time: then it is all that may still become durable.
         """
         deadline = time.monotonic() + seconds
         flight = self._flight
-        if flight is not None and flight.step >= state.step:
+        if flight is not None and (flight.step >= state.step or self._took > seconds):
             self._saver.wait(_SHARE_FOR_FLIGHT * seconds)
         elif flight is not None and not hurry:
             self._saver.wait(min(limits.LAND_SECONDS, _SHARE_FOR_FLIGHT * seconds))
@@ -455,13 +457,14 @@ class Saves:
                 writer.refresh()  # a newer attempt sweeps files under way: then it is fenced
             raise
         if saved:  # else another rank was faster
+            self._took = time.monotonic() - started
             self._progress.saved(copy.step)
             _events.info(
                 "saved",
                 step=copy.step,
                 reason=copy.reason,
                 bytes=sum(map(len, snapshot.files.values())),
-                seconds=round(time.monotonic() - started, 3),
+                seconds=round(self._took, 3),
             )
         return saved
 

@@ -1,16 +1,15 @@
 """Saves beside training: what is copied is what is committed, and nothing that goes wrong is lost.
 
 Most tests hold the storage's door shut at one file, so that a save is under way for as long as they
-want. `SavesOf` drives the very objects that a trainer has; where a trainer is killed, it is real.
+want. `Training` drives the very objects that a trainer has; where a trainer is killed, it is real.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from safetensors.torch import save
 from fmnist_dist import limits
 from fmnist_dist.agreement import settings_of
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import Heal
 from fmnist_dist.checkpoint.storage import StorageError
@@ -263,10 +263,14 @@ def test_what_goes_wrong_beside_training_is_raised_at_the_next_step() -> None:
 
 def test_a_bug_beside_training_is_raised_at_the_next_step() -> None:
     with trained() as (training, _):
-        training.saves._save_with = lambda *_: [][1]
+
+        def wrong(*_: object) -> bool:
+            raise IndexError("a bug")
+
+        training.saves._save_with = wrong
         training.turn()
         training.settle()
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="a bug"):
             training.saves.offer(training.state, ends_epoch=False)
 
 
@@ -370,6 +374,18 @@ def test_a_save_that_hangs_does_not_keep_a_drain_from_saving(
         training.settle()
         assert list(training.committed()) == [4]
         assert len(training.folders()) == 1
+
+
+def test_where_saves_take_longer_than_a_drain_the_one_under_way_is_waited_for() -> None:
+    with trained() as (training, storage):
+        storage.shut()
+        training.turn()
+        storage.await_somebody()
+        training.advance()
+        training.saves._took = 2 * SECONDS
+        threading.Timer(0.2, storage.open).start()
+        training.saves.secure(training.state, reason="drain", seconds=SECONDS)
+        assert list(training.committed()) == [3, 4]
 
 
 def test_at_the_end_a_save_that_is_under_way_is_kept() -> None:
@@ -491,7 +507,7 @@ def test_a_copy_that_differs_on_one_rank_is_not_committed_and_told_to_all() -> N
 
 
 def test_a_drain_does_not_save_what_was_found_to_differ() -> None:
-    with two_ranks() as (first, _, comparison, keys):
+    with two_ranks() as (first, _, comparison, _keys):
         advance_alike(first)
         first.saves.offer(first.state, ends_epoch=False, comparison=comparison(0))
         comparison(1).tell(3, "another digest")
@@ -526,7 +542,6 @@ def test_a_save_that_died_with_its_trainer_is_due_at_once_for_its_successor() ->
         training.turn()
         storage.await_somebody()
         assert training.board.saving == 3
-        training.saves.config = None
         dead = training.saves
         training.config = replace(training.config, save_every_steps=1000)
         training.renew()
@@ -572,9 +587,6 @@ def test_a_save_takes_no_more_than_two_states_of_memory() -> None:
 
 
 def _save_in_little_memory() -> None:
-    from fmnist_dist.checkpoint.local import LocalStorage
-    from tempfile import TemporaryDirectory
-
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         storage: Any = LocalStorage(Path(folder))
