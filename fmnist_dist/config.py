@@ -97,6 +97,7 @@ class Config:
     max_unsaved_seconds: Annotated[float, POSITIVE, _saving("while storage is away", "SECONDS")] = (
         1800.0
     )
+    local_tier: Annotated[Path | None, _saving("save here first: this node's disk", "DIR")] = None
     single_writer: Annotated[bool, _saving("promise: nothing else writes there")] = False
 
     def __post_init__(self) -> None:
@@ -157,6 +158,7 @@ LAUNCH = frozenset(
         "keep_last",
         "keep_every",
         "max_unsaved_seconds",
+        "local_tier",
         "single_writer",
     }
 )

@@ -20,7 +20,7 @@ from fmnist_dist.distributed import stop
 from fmnist_dist.distributed.roster import Roster
 from fmnist_dist.faults import Faults
 from fmnist_dist.lookout import Lookout
-from fmnist_dist.opening import open_place
+from fmnist_dist.opening import check_tier, open_place
 from fmnist_dist.settings import Launch
 from fmnist_dist.telemetry.phases import Phases
 from fmnist_dist.trainer import Trainer
@@ -29,6 +29,8 @@ from fmnist_dist.trainer import Trainer
 def prepare(launch: Launch, roster: Roster, faults: Faults, phases: Phases) -> Prepared:
     """Do once what all trainers of this rank need. Raises what `errors` holds."""
     place = open_place(launch.config.run_dir)
+    if launch.config.local_tier is not None:
+        check_tier(launch.config.local_tier, place)
     dataset = load_dataset(launch.config.dataset, data_dir=launch.config.data_dir)
     torch.set_num_threads(1)  # a keeper has one
     _warm_up(launch.config, dataset)

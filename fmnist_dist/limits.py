@@ -30,6 +30,7 @@ STACKS_SECONDS = 1.0  # a stuck trainer gets to print the stacks of its threads
 DEATH_SECONDS = 30.0  # of a trainer that was killed; what waits for a dead disk does not die
 KILL_SECONDS = 1.0  # what a keeper keeps of a drain's time: to kill, and to save in its place
 RESCUE_SECONDS = 30.0  # saving from the keeper's memory
+LOCAL_TIER_SECONDS = 60.0  # for one thing asked of the local tier's disk; then it is let alone
 SAVE_RETRY_SECONDS = 5.0  # after a save that failed; storage that is full stays so for a while
 SAY_SECONDS = 5.0  # rank 0 says what is wrong, before torchrun ends it because another rank ended
 WEB_SILENCE_SECONDS = 20.0  # of a download without a single byte, until one attempt is given up

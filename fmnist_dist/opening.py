@@ -18,6 +18,7 @@ from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.record import DamagedRecordError
 from fmnist_dist.checkpoint.restore import Restored
 from fmnist_dist.checkpoint.storage import Storage
+from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.distributed.fingerprint import fingerprint
 from fmnist_dist.distributed.share import broadcast, pack, unpack
@@ -28,10 +29,14 @@ from fmnist_dist.errors import (
     NoProgressError,
     PeerFailedError,
     PeerLostError,
+    UsageError,
 )
 from fmnist_dist.handover.board import Board
 from fmnist_dist.settings import Launch
 from fmnist_dist.takeover import Resumption, owner_of, read_terms, take_over
+from fmnist_dist.telemetry.events import EventLog
+
+_events = EventLog("fmnist_dist.opening")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,30 @@ def open_place(url: str) -> Place:
             f"{os.getuid()}); change its permissions, or take another folder"
         )
     return place
+
+
+def check_tier(directory: Path, place: Place) -> None:
+    """Refuse a local tier that cannot be one. Raises `IncompatibleError`, `UsageError`.
+
+    A disk that has become read-only is no mistake of the user: the run goes on without it.
+    """
+    wanted, run = directory.resolve(), place.folder.resolve()
+    if wanted.is_relative_to(run):
+        raise UsageError(
+            f"--local-tier {directory}: is in --run-dir {place}; expected a folder elsewhere, on a "
+            "disk of this node"
+        )
+    existing = next(each for each in (wanted, *wanted.parents) if _exists(each))
+    if not existing.is_dir():
+        raise IncompatibleError(
+            f"--local-tier {directory}: {existing} is a file; expected a folder or a new name"
+        )
+    is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+    if not is_read_only and not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise IncompatibleError(
+            f"--local-tier {directory}: {existing} cannot be read and written by this user (uid "
+            f"{os.getuid()}); change its permissions, or take another folder"
+        )
 
 
 def _exists(path: Path) -> bool:
@@ -149,7 +178,12 @@ def follow_run(
 
     def follow() -> RunWriter:
         return RunWriter.follow(
-            used, log, attempt=resumption.attempt, parent=resumption.parent, kin=agents
+            used,
+            log,
+            attempt=resumption.attempt,
+            parent=resumption.parent,
+            kin=agents,
+            tier=_tier(launch, place, log),
         )
 
     return Run(log=log, write=follow, resumption=resumption, files=files)
@@ -189,7 +223,16 @@ def _take_over(
         fingerprint=fingerprint(joined.device),
         lost_steps=lost_steps,
         suspect=suspect,
+        tier=_tier(launch, place, log),
     )
+
+
+def _tier(launch: Launch, place: Place, log: RunLog) -> LocalTier | None:
+    """Return where this node keeps copies of the run, if it does."""
+    directory = launch.config.local_tier
+    if directory is None:
+        return None
+    return LocalTier(directory, run=str(place), log=log, warn=_events.warning)
 
 
 def _refuse_repetition(log: RunLog, head: Head, place: Place, *, owner: str) -> None:

@@ -19,6 +19,7 @@ from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import Attempt
 from fmnist_dist.checkpoint.restore import Restored
 from fmnist_dist.checkpoint.storage import Storage
+from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.config import IDENTITY, OVERRIDABLE, Config
 from fmnist_dist.digest import EpochDigest
@@ -170,6 +171,7 @@ def take_over(
     fingerprint: dict[str, str],
     lost_steps: Callable[[int, int], int | None],
     suspect: int | None = None,
+    tier: LocalTier | None = None,
 ) -> tuple[RunWriter, Resumption, Restored | None]:
     """Append an attempt and find where it goes on.
 
@@ -202,7 +204,7 @@ def take_over(
             same_bits=before is None or before.attempt.fingerprint == fingerprint,
         )
 
-    writer = RunWriter.begin(storage, log, owner=owner, make=make, kin=agents)
+    writer = RunWriter.begin(storage, log, owner=owner, make=make, kin=agents, tier=tier)
     head = writer.head
     if not head.same_bits:
         _events.warning(
@@ -212,6 +214,8 @@ def take_over(
         if retained.index == suspect:
             writer.quarantine(retained, why="restoring it has crashed the worker again and again")
             _events.warning("a checkpoint is not used any more", step=retained.step)
+    if (adopted := writer.adopt()) is not None:
+        _events.info("committed what only the local tier had", step=adopted)
     restored = writer.choose(report=lambda line: _events.warning("fell back", why=line))
     step = restored.commit.checkpoint.step if restored else 0
     changed = terms.wanted
@@ -233,6 +237,7 @@ def take_over(
             checkpoint=f"step {step}" if restored else "none",
             attempt=head.attempt,
             lost_steps=_shown(lost_steps(head.attempt - 1, step)),
+            **({"files_from_local_tier": restored.nearby} if restored and tier else {}),
         )
     checkpoint = restored.commit.checkpoint if restored else None
     assert head.attempt_index is not None

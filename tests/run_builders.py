@@ -8,6 +8,7 @@ from fmnist_dist.checkpoint.record import Attempt
 from fmnist_dist.checkpoint.restore import Restored
 from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.checkpoint.sweep import Swept
+from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.writer import RunWriter, Snapshot
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.filenames import METRICS, MODEL, OPTIMIZER
@@ -47,18 +48,23 @@ def snapshot(step: int, files: Mapping[str, bytes] | None = None) -> Snapshot:
     )
 
 
-def begin(storage: Storage, owner: str = "owner") -> RunWriter:
+def begin(storage: Storage, owner: str = "owner", *, tier: LocalTier | None = None) -> RunWriter:
     def make(_: Head) -> Attempt:
         return attempt(owner)
 
-    return RunWriter.begin(storage, RunLog(storage), owner=owner, make=make)
+    return RunWriter.begin(storage, RunLog(storage), owner=owner, make=make, tier=tier)
 
 
 def start(
-    storage: Storage, owner: str = "owner", *, report: Callable[[str], None] = lambda _: None
+    storage: Storage,
+    owner: str = "owner",
+    *,
+    report: Callable[[str], None] = lambda _: None,
+    tier: LocalTier | None = None,
 ) -> tuple[RunWriter, Restored | None, Swept]:
-    """Do what every launch does, in its order: take over, choose, sweep."""
-    writer = begin(storage, owner)
+    """Do what every launch does, in its order: take over, adopt, choose, sweep."""
+    writer = begin(storage, owner, tier=tier)
+    writer.adopt()
     restored = writer.choose(report=report)
     return writer, restored, writer.sweep()
 

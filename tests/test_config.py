@@ -47,6 +47,7 @@ FROZEN = [
     "keep_last",
     "keep_every",
     "max_unsaved_seconds",
+    "local_tier",
     "single_writer",
 ]
 

@@ -139,6 +139,7 @@ def test_json_has_the_fixed_keys_and_what_the_log_holds(tmp_path: Path, command:
         "bytes": sum(map(len, files_of(6).values())),
         "model_sha256": hashlib.sha256(files_of(6)[MODEL]).hexdigest(),
         "attempt": 1,
+        "copies": [],
     }
     assert found["overrides"] == [{"step": 4, "settings": {"lr": 0.1}}]
     assert found["config"]["lr"] == 0.1

@@ -45,6 +45,7 @@ OTHER: dict[str, Value] = {
     "keep_last": 1,
     "keep_every": 100,
     "max_unsaved_seconds": 60.0,
+    "local_tier": "near/by",
     "single_writer": True,
 }
 

@@ -73,6 +73,7 @@ class Checkpoint:
     evaluated: bool  # the evaluation due at this step, if any, is among the metric rows
     metrics: dict[str, float]  # the last value of each
     swept: int  # the writer has swept after every attempt up to this one
+    copies: tuple[str, ...] = ()  # where it was copied to besides, as host:folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +183,7 @@ def encode(record: Record) -> bytes:
         "kind": record.kind.value,
         "nonce": record.nonce,
         "written_at": record.written_at,
-        "body": dataclasses.asdict(record.body),
+        "body": _fields(record.body),
         "head": dataclasses.asdict(record.head),
     }
     fields["sha256"] = hashlib.sha256(_canonical(fields)).hexdigest()
@@ -226,6 +227,13 @@ def decode(data: bytes, *, index: int) -> Record:
         ) from error
 
 
+def _fields(body: Body) -> dict[str, Json]:
+    fields = dataclasses.asdict(body)
+    if isinstance(body, Checkpoint) and not body.copies:
+        del fields["copies"]  # versions before it read what has none
+    return fields
+
+
 def _body(kind: Kind, fields: Mapping[str, Json]) -> Body:
     values = dict(fields)
     if kind is Kind.CHECKPOINT:
@@ -234,6 +242,7 @@ def _body(kind: Kind, fields: Mapping[str, Json]) -> Body:
             EpochDigest(epoch=e["epoch"], count=e["count"], digest=tuple(e["digest"]))
             for e in values["ledger"]
         )
+        values["copies"] = tuple(values.get("copies", ()))
     if kind is Kind.RETIRE:
         values = {name: tuple(value) for name, value in values.items()}
     return _BODIES[kind](**values)

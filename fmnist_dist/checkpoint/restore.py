@@ -1,7 +1,7 @@
 """Reading checkpoints back: every byte is compared with its record before anybody uses it."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fmnist_dist.checkpoint.head import Retained
@@ -22,6 +22,7 @@ class Restored:
 
     commit: Commit
     files: dict[str, bytes]
+    nearby: int = 0  # how many of the files were read from local copies
 
 
 def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
@@ -41,13 +42,24 @@ def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     return data
 
 
-def read_checkpoint(storage: Storage, log: RunLog, retained: Retained) -> Restored:
-    """Return a retained checkpoint, whole and verified. Raises `DamagedCheckpointError`."""
+def read_checkpoint(
+    storage: Storage,
+    log: RunLog,
+    retained: Retained,
+    *,
+    nearby: Callable[[Checkpoint], Mapping[str, bytes]] = lambda _: {},
+) -> Restored:
+    """Return a retained checkpoint, whole and verified. Raises `DamagedCheckpointError`.
+
+    `nearby` returns those of its files that were found, and verified, in a place that is nearer.
+    """
     found = _commit(log, retained)
-    files = {
-        name: read_file(storage, found.checkpoint, name) for name in sorted(found.checkpoint.files)
+    near = nearby(found.checkpoint)
+    far = {
+        name: read_file(storage, found.checkpoint, name)
+        for name in sorted(found.checkpoint.files.keys() - near.keys())
     }
-    return Restored(commit=found, files=files)
+    return Restored(commit=found, files={**near, **far}, nearby=len(near))
 
 
 def check_checkpoint(

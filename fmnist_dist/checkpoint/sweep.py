@@ -17,7 +17,7 @@ from fmnist_dist.checkpoint.storage import TEMPORARY_FOLDER, Storage
 from fmnist_dist.filenames import METRICS
 
 CHECKPOINTS = "checkpoints"
-_FOLDER = re.compile(r"\d{9}-(?P<attempt>\d{4,})-[0-9a-f]{16}")
+_FOLDER = re.compile(r"(?P<step>\d{9})-(?P<attempt>\d{4,})-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,12 @@ class _Known:
 
 def folder_name(*, step: int, attempt: int, nonce: str) -> str:
     return f"{CHECKPOINTS}/{step:09d}-{attempt:04d}-{nonce}"
+
+
+def step_and_attempt(folder: str) -> tuple[int, int] | None:
+    """Return what a folder's name tells, None for a name that is not ours."""
+    match = _FOLDER.fullmatch(folder.rpartition("/")[2])
+    return (int(match["step"]), int(match["attempt"])) if match else None
 
 
 def sweep(storage: Storage, log: RunLog, head: Head) -> Swept:
@@ -121,5 +127,5 @@ def _orphans(storage: Storage, known: _Known, *, attempts: Iterable[int]) -> lis
 
 def _attempt_of(folder: str) -> int:
     """Return the attempt in a folder's name, 0 (which is none) for a name that is not ours."""
-    match = _FOLDER.fullmatch(folder.rpartition("/")[2])
-    return int(match["attempt"]) if match else 0
+    parts = step_and_attempt(folder)
+    return parts[1] if parts else 0

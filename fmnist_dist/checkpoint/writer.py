@@ -11,16 +11,21 @@ A rank whose state comes from beyond a cut is refused: see `CutOffError`.
 
 A writer is for several threads: one may save while others append what is small. Only appends wait
 for each other, never for files.
+
+With a local tier a save is durable on this node's own disk first, where the next attempt of the
+same launch may find what was never committed: see `adopt`. Committed means: by its record.
 """
 
 import secrets
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.fold import fold
 from fmnist_dist.checkpoint.folder import describe, give_back, write_files
 from fmnist_dist.checkpoint.head import Head, Retained
 from fmnist_dist.checkpoint.lineage import Commit
@@ -35,6 +40,7 @@ from fmnist_dist.checkpoint.record import (
     Heal,
     Override,
     Quarantine,
+    Record,
     Retire,
     Rollback,
 )
@@ -46,7 +52,15 @@ from fmnist_dist.checkpoint.restore import (
 )
 from fmnist_dist.checkpoint.retention import to_retire
 from fmnist_dist.checkpoint.storage import Storage
-from fmnist_dist.checkpoint.sweep import CHECKPOINTS, Swept, delete_tensors, folder_name, sweep
+from fmnist_dist.checkpoint.sweep import (
+    CHECKPOINTS,
+    Swept,
+    delete_tensors,
+    folder_name,
+    step_and_attempt,
+    sweep,
+)
+from fmnist_dist.checkpoint.tier import NO_COMMIT, Copy, LocalTier
 from fmnist_dist.checkpoint.watch import UNWATCHED, AbandonedError, Watch
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import DataDamagedError, FencedError, OvertakenError, TransientError
@@ -99,8 +113,13 @@ class RunWriter:
         *,
         damaged: tuple[int, ...] = (),
         kin: Collection[str] = (),
+        tier: LocalTier | None = None,
+        offered: Sequence[Copy] = (),
     ) -> None:
         self._storage = storage
+        self._tier = tier
+        self._offered = offered  # local copies that this attempt may go on from
+        self._chosen = NO_COMMIT
         self._log = log
         self._verified: set[int] = set()
         self._swept = head.swept
@@ -120,6 +139,7 @@ class RunWriter:
         owner: str,
         make: Callable[[Head], Attempt],
         kin: Collection[str] = (),
+        tier: LocalTier | None = None,
     ) -> "RunWriter":
         """Take the run over: append an attempt, whatever the log has become meanwhile.
 
@@ -127,6 +147,7 @@ class RunWriter:
         `FencedError` for an owner that another one has superseded: it never comes back, so two
         launches on one run do not take it from each other for ever.
         """
+        offered: list[Copy] = []
 
         def decide(head: Head) -> Attempt:
             if head.owner not in {None, owner} and _has_owned(log, head, owner):
@@ -134,11 +155,17 @@ class RunWriter:
                     f"another launch has taken this run over (attempt {head.attempt}): stop this "
                     "one; if it is this one that should go on, stop the other and start again"
                 )
-            return make(head)
+            body = make(head)
+            if tier is not None and head.attempt:
+                # Before the append: what comes later, its writer was not allowed to write.
+                offered[:] = tier.offers(head, owner=owner)
+            return body
 
         found = log.read()
         head = log.append(found.head, decide=decide)
-        return RunWriter(storage, log, head, damaged=found.damaged, kin=kin)
+        return RunWriter(
+            storage, log, head, damaged=found.damaged, kin=kin, tier=tier, offered=offered
+        )
 
     @staticmethod
     def follow(
@@ -149,6 +176,7 @@ class RunWriter:
         parent: int | None,
         cut: int | None = None,
         kin: Collection[str] = (),
+        tier: LocalTier | None = None,
     ) -> "RunWriter":
         """Return a writer of an attempt that another process of the same launch has begun.
 
@@ -157,7 +185,7 @@ class RunWriter:
         leaving it out gets `CutOffError`. Raises `FencedError` once a newer attempt stands.
         """
         found = log.read()
-        writer = RunWriter(storage, log, found.head, damaged=found.damaged, kin=kin)
+        writer = RunWriter(storage, log, found.head, damaged=found.damaged, kin=kin, tier=tier)
         writer.attempt = attempt
         writer._check_fence(found.head)
         writer.parent = parent
@@ -168,6 +196,34 @@ class RunWriter:
         """Return the head as the log has it now. Raises `FencedError`."""
         self._append(lambda _: None)
         return self.head
+
+    def adopt(self) -> int | None:
+        """Commit the newest local copy that the attempt before this one could not, if any.
+
+        Returns its step; `choose` finds it then. Its rows are relative to its own parent, so the
+        line has each of them once. Raises `StorageError`: the copy is this attempt's then, and the
+        next one's of the same owner.
+        """
+        for copy in self._offered:
+            files = self._tier.read_whole(copy) if self._tier is not None else None
+            if files is None:
+                continue
+            found = copy.checkpoint
+            self._goes_on_from(found.parent)
+            self.save(
+                Snapshot(
+                    step=found.step,
+                    epoch=found.epoch,
+                    reason=found.reason,
+                    files=files,
+                    ledger=found.ledger,
+                    evaluated=found.evaluated,
+                    metrics=found.metrics,
+                    parent=found.parent,
+                )
+            )
+            return found.step
+        return None
 
     def choose(self, *, report: Callable[[str], None]) -> Restored | None:
         """Return the newest valid checkpoint of `head`, putting damaged ones in quarantine.
@@ -180,13 +236,17 @@ class RunWriter:
         while self.head.checkpoints:
             newest = self.head.checkpoints[-1]
             try:
-                restored = read_checkpoint(self._storage, self._log, newest)
+                restored = read_checkpoint(
+                    self._storage, self._log, newest, nearby=self._files_nearby
+                )
             except DamagedCheckpointError as error:
                 self.quarantine(newest, why=str(error))
                 report(f"the checkpoint of step {newest.step} is unusable: {error}")
                 continue
-            self._verified.add(newest.index)
+            if not restored.nearby:  # else the run's own files were not all read
+                self._verified.add(newest.index)
             self._goes_on_from(newest.index)
+            self._chosen = step_and_attempt(restored.commit.checkpoint.folder) or NO_COMMIT
             return restored
         if self.head.committed or self._may_have_lost_one():
             raise DataDamagedError(
@@ -201,6 +261,8 @@ class RunWriter:
         swept = sweep(self._storage, self._log, self.head)
         if swept.suspended is None:
             self._swept = self.attempt - 1
+        if self._tier is not None:
+            self._tier.sweep(committed=self._chosen, attempt=self.attempt)
         return swept
 
     def save(self, snapshot: Snapshot, watch: Watch = UNWATCHED) -> bool:
@@ -216,14 +278,6 @@ class RunWriter:
         parent = self.parent  # of this snapshot, whatever is saved beside it
         files = describe(snapshot.files, go_on=watch.go_on)
         folder = folder_name(step=snapshot.step, attempt=self.attempt, nonce=secrets.token_hex(8))
-        try:
-            write_files(self._storage, folder, snapshot.files, go_on=watch.go_on)
-            self._check_unchanged(snapshot, files, watch)
-            watch.confirm(files)
-        except Exception:
-            # No record was tried yet, so nobody can have seen this folder.
-            give_back(self._storage, folder)
-            raise
         body = Checkpoint(
             step=snapshot.step,
             epoch=snapshot.epoch,
@@ -236,6 +290,16 @@ class RunWriter:
             metrics=dict(snapshot.metrics),
             swept=self._swept,
         )
+        body = self._copied(body, snapshot, watch)
+        try:
+            write_files(self._storage, folder, snapshot.files, go_on=watch.go_on)
+            self._check_unchanged(snapshot, files, watch)
+            if self._tier is None:
+                watch.confirm(files)
+        except Exception:
+            # No record was tried yet, so nobody can have seen this folder.
+            give_back(self._storage, folder)
+            raise
 
         def unless_old(head: Head) -> Checkpoint | None:
             watch.go_on()
@@ -250,10 +314,13 @@ class RunWriter:
         except (FencedError, CutOffError, AbandonedError):
             # Refused for certain, so nobody will ever look for this folder, and the newer attempt
             # may have swept already. (After a StorageError the record may stand: hands off.)
+            # The local copy stays: the attempt that has fenced this one may have been offered it.
             give_back(self._storage, folder)
             raise
         if not saved:
             give_back(self._storage, folder)
+        elif self._tier is not None:
+            self._tier.tidy(committed=(body.step, self.attempt), attempt=self.attempt)
         return saved
 
     def retire(
@@ -332,6 +399,26 @@ class RunWriter:
             return None if head.finished_step == step else body
 
         self._append(unless_finished)
+        if self._tier is not None:
+            self._tier.clear()
+
+    def _copied(self, body: Checkpoint, snapshot: Snapshot, watch: Watch) -> Checkpoint:
+        """Copy a state to the local tier, if there is one; return a body that says where it is."""
+        if self._tier is None:
+            return body
+        head = self.head
+        confirm = partial(watch.confirm, body.files)
+        if head.attempt != self.attempt or self._is_cut_off(head) or _is_old(head, body.step):
+            confirm()
+            return body  # the append finds out why
+        index = head.index + 1
+        after = fold(head, index=index, body=body)
+        record = Record(index=index, attempt=self.attempt, body=body, head=after)
+        place = self._tier.keep(record, snapshot.files, confirm=confirm)
+        return body if place is None else replace(body, copies=(place,))
+
+    def _files_nearby(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        return {} if self._tier is None else self._tier.files_of(checkpoint)
 
     def _append(self, decide: Callable[[Head], Body | None]) -> bool:
         """Append unless `decide` drops it. Raises `FencedError` once a newer attempt stands."""

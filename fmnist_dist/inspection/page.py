@@ -27,6 +27,7 @@ def show_page(summary: Summary) -> str:
         _section("attempts", _attempts(summary)),
         _section("heals", _heals(summary)),
         _section("checkpoints", _checkpoints(summary)),
+        _section("copies in local tiers", _copies(summary)),
         _section("changes of settings", _overrides(summary)),
         _section("settings", [(k, shown(v)) for k, v in summary["config"].items()]),
     ]
@@ -122,6 +123,11 @@ def _checkpoints(summary: Summary) -> list[tuple[str, ...]]:
         for each in summary["checkpoints"]
     ]
     return [heading, *rows]
+
+
+def _copies(summary: Summary) -> list[tuple[str, str]]:
+    kept = [each for each in summary["checkpoints"] if each["copies"]]
+    return [(f"step {each['step']}", path(place)) for each in kept for place in each["copies"]]
 
 
 def _overrides(summary: Summary) -> list[tuple[str, str]]:

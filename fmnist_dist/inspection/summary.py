@@ -23,7 +23,9 @@ def summarise(run: FoundRun, history: History) -> Summary:
         "same_bits": history.head.same_bits,
         "attempts": [dataclasses.asdict(each) for each in history.attempts],
         "heals": [dataclasses.asdict(each) for each in history.heals],
-        "checkpoints": [_checkpoint(each) for each in history.retained],
+        "checkpoints": [
+            _checkpoint(each, copies=_copies(each, history)) for each in history.retained
+        ],
         "overrides": [dict(each) for each in history.overrides],
         "config": settings_in_force(history),
         "metrics": history.metrics,
@@ -46,7 +48,16 @@ def settings_in_force(history: History) -> dict[str, Any]:
     return settings
 
 
-def _checkpoint(commit: Commit) -> dict[str, Any]:
+def _copies(commit: Commit, history: History) -> list[str]:
+    """Return where a checkpoint was copied to, if a local tier still keeps it.
+
+    It keeps the newest one only, and none of a run that is finished.
+    """
+    is_kept = commit == history.newest and history.finish is None
+    return list(commit.checkpoint.copies) if is_kept else []
+
+
+def _checkpoint(commit: Commit, *, copies: list[str]) -> dict[str, Any]:
     files = commit.checkpoint.files
     return {
         "step": commit.checkpoint.step,
@@ -55,4 +66,5 @@ def _checkpoint(commit: Commit) -> dict[str, Any]:
         "bytes": sum(file.size for file in files.values()),
         "model_sha256": files[MODEL].sha256 if MODEL in files else None,
         "attempt": commit.attempt,
+        "copies": copies,
     }
