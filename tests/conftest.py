@@ -1,14 +1,17 @@
 """Runs that several test files look at; trained once."""
 
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jobs import ROOT
 
 TRAIN_SECONDS = 240
+TMPFS_BYTES = 256 * 1024
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +32,18 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_copy(trained_run: Path, tmp_path: Path) -> Path:
     """Return a copy of `trained_run` that the test may damage or go on with."""
     return Path(shutil.copytree(trained_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of a quarter of a MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(place)]
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"this machine does not let root mount: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

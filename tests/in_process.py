@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -24,6 +25,7 @@ from fmnist_dist import job, train  # noqa: F401 - `job`: torch is imported befo
 from fmnist_dist.checkpoint import disk
 from fmnist_dist.data.dataset import DATASETS
 from fmnist_dist.data.sources import Origin
+from fmnist_dist.distributed import roster
 from fmnist_dist.saves import Saves
 
 NUM_SAMPLES = 30  # of the small training set
@@ -152,12 +154,23 @@ def small_run(folder: Path) -> Iterator[SmallRun]:
         yield SmallRun(root=folder / "run", data=data)
 
 
+@contextlib.contextmanager
+def owned_by(name: str | None) -> Iterator[None]:
+    """Give every launch this owner, as if one launcher had started them all; None: each its own."""
+    if name is None:
+        yield
+        return
+    with mock.patch.object(roster, "secrets", SimpleNamespace(token_hex=lambda _: name)):
+        yield
+
+
 def in_child(run: SmallRun, *flags: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     """Launch a small run in a process of its own: one that may be killed."""
     code = (
         "import sys; from pathlib import Path; import in_process\n"
         "root, data, *flags = sys.argv[1:]\n"
-        "with in_process.small_run(Path(data).parent):\n"
+        "owned = in_process.owned_by(os.environ.pop('TEST_OWNER', None))\n"
+        "with in_process.small_run(Path(data).parent), owned:\n"
         "    run = in_process.SmallRun(root=Path(root), data=Path(data))\n"
         "    ended = run.launch(*flags, environ=dict(os.environ), told=sys.__stderr__.write)\n"
         "sys.exit(ended.code)\n"

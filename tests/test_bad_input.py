@@ -165,6 +165,23 @@ def test_a_run_folder_inside_one_that_this_user_may_not_enter_is_refused(
     assert_refused(ended, ExitCode.INCOMPATIBLE, f"--run-dir {closed / 'run'}: ", "permissions")
 
 
+def test_a_local_tier_that_this_user_may_not_write_to_is_refused(
+    run: SmallRun, foreign: Path
+) -> None:
+    root, tier = foreign / "open" / "run", foreign / "tier"
+    root.parent.mkdir()
+    root.parent.chmod(0o777)
+    tier.mkdir()
+    tier.chmod(0o555)
+    folders = ("--run-dir", str(root), "--local-tier", str(tier), "--data-dir", str(run.data))
+    with ordinary_user():
+        ended = launch(*folders)
+    assert_refused(
+        ended, ExitCode.INCOMPATIBLE, f"--local-tier {tier}: {tier} cannot be read and written by"
+    )
+    assert not root.exists()
+
+
 def test_a_data_file_with_one_flipped_bit_is_refused(started: SmallRun) -> None:
     before = saved_bytes(started.root)
     path = started.data / "train-images-idx3-ubyte"

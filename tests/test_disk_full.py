@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import TMPFS_BYTES
 from run_builders import begin, files_of, snapshot, start, step_of
 
 from fmnist_dist.checkpoint.disk import Disk, FaultyDisk, disk_from
@@ -18,7 +17,6 @@ from fmnist_dist.checkpoint.verify import verify
 from fmnist_dist.checkpoint.writer import RunWriter
 
 FOREVER = 100_000
-TMPFS_BYTES = 256 * 1024
 
 
 @pytest.fixture(autouse=True)
@@ -98,21 +96,6 @@ def test_a_disk_that_is_full_at_any_operation_of_a_retirement_keeps_what_is_reta
         if not reached:
             break
     assert operation > 5
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of a quarter of a MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(place)]
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"this machine does not let root mount: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def fill(path: Path) -> None:

@@ -31,6 +31,8 @@ from fmnist_dist.checkpoint.record import (
     Rollback,
 )
 
+ADOPTED = "local-tier"  # the reason of a checkpoint that is such a copy
+
 
 def refusal(copy: Record, head: Head, since: Iterable[Body | None], *, owner: str) -> str | None:
     """Return why the next attempt must not go on from `copy`; None where it may.

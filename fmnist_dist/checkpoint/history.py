@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fmnist_dist.checkpoint.adoption import ADOPTED
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.hint import Reached
 from fmnist_dist.checkpoint.lineage import Commit
@@ -132,7 +133,9 @@ def _facts(records: Iterable[Record]) -> dict[int, _Facts]:
     facts: dict[int, _Facts] = {}
     for record in records:
         mine = facts.setdefault(record.attempt, _Facts())
-        if isinstance(record.body, Checkpoint):
+        if isinstance(record.body, Checkpoint) and record.body.reason == ADOPTED:
+            mine.first_step = record.body.step  # an earlier attempt had got there
+        elif isinstance(record.body, Checkpoint):
             mine.last_step = record.body.step
             mine.ended = "drained" if record.body.reason == "drain" else None
             mine.began = True

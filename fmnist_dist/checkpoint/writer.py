@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any
 
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.adoption import ADOPTED
 from fmnist_dist.checkpoint.fold import fold
 from fmnist_dist.checkpoint.folder import describe, give_back, write_files
 from fmnist_dist.checkpoint.head import Head, Retained
@@ -214,7 +215,7 @@ class RunWriter:
                 Snapshot(
                     step=found.step,
                     epoch=found.epoch,
-                    reason=found.reason,
+                    reason=ADOPTED,
                     files=files,
                     ledger=found.ledger,
                     evaluated=found.evaluated,
