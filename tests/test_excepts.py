@@ -22,8 +22,7 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/checkpoint/log.py::RunLog._advance": (1, "it occupies its index; readers list it"),
     "fmnist_dist/checkpoint/log.py::RunLog._present": (1, "the answer to whether it is there"),
     "fmnist_dist/checkpoint/history.py::read_history": (1, "listed as damaged, which `runs` tells"),
-    "fmnist_dist/checkpoint/tier.py::_copy": (1, "no copy without an intact record"),
-    "fmnist_dist/checkpoint/tier.py::LocalTier._try": (1, "warned of once, until it works again"),
+    "fmnist_dist/checkpoint/localcopy.py::read_copy": (1, "no copy without an intact record"),
     "fmnist_dist/checkpoint/tier.py::LocalTier._since": (1, "None, which refuses the copy"),
     "fmnist_dist/checkpoint/verify.py::_is_whole": (1, "among the damaged records already"),
     "fmnist_dist/checkpoint/suspect.py::_training_rows": (1, "`its metric rows cannot be read`"),
@@ -99,7 +98,7 @@ SILENT: dict[str, tuple[int, str]] = {
 # Where `except Exception` or more may stand without raising on: where a process or a thread begins.
 ENTRIES = {
     "fmnist_dist/train.py::_code_of": "a process: logged with its traceback, exit code 1",
-    "fmnist_dist/checkpoint/tier.py::LocalTier._try.act": "a thread: raised on, or told",
+    "fmnist_dist/checkpoint/besteffort.py::BestEffort.do.act": "a thread: raised on, or told",
     "fmnist_dist/keeper/fork.py::fork": "a forked process: traceback printed, exit code 1",
     "fmnist_dist/distributed/reduce.py::GradientTree._scatter.finish": "a thread: the step raises",
     "fmnist_dist/saver.py::Saver._run": "a thread: raised at the next step, or told at the end",

@@ -27,6 +27,7 @@ from fmnist_dist.checkpoint.disk import Disk
 from fmnist_dist.checkpoint.fold import fold
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.local import LocalStorage
+from fmnist_dist.checkpoint.localcopy import COPIES, to_remove
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import (
     Body,
@@ -40,7 +41,7 @@ from fmnist_dist.checkpoint.record import (
     decode,
 )
 from fmnist_dist.checkpoint.storage import Storage, StorageError
-from fmnist_dist.checkpoint.tier import LocalTier, to_remove
+from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.errors import FencedError
 from fmnist_dist.filenames import METRICS, MODEL
@@ -252,6 +253,19 @@ def test_a_run_that_was_deleted_and_begun_anew_never_sees_the_old_copies(tmp_pat
     assert len(list((tmp_path / "tier").iterdir())) == 2
 
 
+def test_a_copied_run_never_sees_the_copies_of_the_one_that_it_was_copied_from(
+    tmp_path: Path,
+) -> None:
+    storage = Away()
+    writer, _, _ = start(storage, tier=tier_of(tmp_path, storage))
+    save_away(storage, writer, 10)
+    another = LocalTier(
+        tmp_path / "tier", run="s3://bucket/another", log=RunLog(storage), warn=[].append
+    )
+    assert start(storage, tier=another)[1] is None
+    assert copied(tmp_path) == [10]
+
+
 def test_a_lost_first_record_costs_the_tier_and_nothing_else(tmp_path: Path) -> None:
     storage = Away()
     start(storage)[0].save(snapshot(10))
@@ -439,7 +453,7 @@ class Tiers:
         return step_of(restored)
 
     def _created(self, path: str) -> None:
-        if path.startswith(tier.COPIES):
+        if path.startswith(COPIES):
             data = self._disk.objects[path]
             record = decode(data, index=json.loads(data)["index"])
             assert isinstance(record.body, Checkpoint)

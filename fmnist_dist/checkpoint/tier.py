@@ -14,65 +14,52 @@ begun anew under the same URL never sees what the former one has left.
 """
 
 import hashlib
-import json
 import socket
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fmnist_dist import limits
 from fmnist_dist.checkpoint.adoption import refusal
-from fmnist_dist.checkpoint.folder import give_back, write_file, write_files
+from fmnist_dist.checkpoint.besteffort import BestEffort
+from fmnist_dist.checkpoint.folder import write_file, write_files
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.local import LocalStorage
+from fmnist_dist.checkpoint.localcopy import (
+    COPIES,
+    Copy,
+    is_same,
+    read_copy,
+    record_path,
+    remove_copy,
+    to_remove,
+)
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import (
     Body,
     Checkpoint,
     DamagedRecordError,
     Record,
-    decode,
     encode,
 )
 from fmnist_dist.checkpoint.restore import DamagedCheckpointError, read_file
 from fmnist_dist.checkpoint.storage import (
     TEMPORARY_FOLDER,
-    MissingError,
     Storage,
     StorageError,
 )
-from fmnist_dist.checkpoint.sweep import CHECKPOINTS, step_and_attempt
-from fmnist_dist.errors import IncompatibleError
+from fmnist_dist.checkpoint.sweep import CHECKPOINTS
 
-COPIES = "copies"
-NO_COMMIT = (0, 0)  # step and attempt of the newest checkpoint, where a run has none
-_AHEAD = 2  # copies that no commit has caught up with: the one under way, and the newest
+_NOT_COPIED = "not copied to the local tier"
+_NOT_DELETED = "old copies in the local tier were not deleted"
+_NOT_READ = "the local tier cannot be read"
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
-    """A copy with an intact record; whether its bytes are whole is known once they are read."""
-
-    record: Record
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        assert isinstance(self.record.body, Checkpoint)
-        return self.record.body
-
-    @property
-    def folder(self) -> str:
-        return self.checkpoint.folder
-
-
 class LocalTier:
-    """One run's copies in a folder of this node. Nothing but bugs is raised.
+    """One run's copies in a folder of this node; the disk's own errors are told, never raised.
 
-    `run` is the run's URL, `warn` is told what fails, once until it works again.
+    `run` is the run's URL. `warn` is told what fails.
     """
 
     def __init__(
@@ -85,15 +72,14 @@ class LocalTier:
         make: Callable[[Path], Storage] = lambda root: LocalStorage(root, single_writer=True),
     ) -> None:
         # Names are fresh, so a file system without hard links will do (`single_writer`).
-        self._directory = directory
+        self._root = directory.absolute()
         self._run = run
         self._log = log
         self._warn = warn
+        self._effort = BestEffort(warn)
         self._make = make
-        self._root = directory
         self._storage: Storage | None = None
-        self._told: set[str] = set()  # what fails, until it works again
-        self._is_off = False  # a disk that does not answer is not asked again
+        self._is_lost = False  # what it is named after
         self._newest: tuple[Copy, str] | None = None  # that this process has made, and its place
         self._committed: tuple[int, int] | None = None  # step and attempt; None: nobody has said
 
@@ -102,26 +88,39 @@ class LocalTier:
         """The step of the newest copy that this process has made."""
         return self._newest[0].checkpoint.step if self._newest else None
 
-    def keep(self, record: Record, files: Mapping[str, bytes]) -> str | None:
+    def keep(
+        self,
+        record: Record,
+        files: Mapping[str, bytes],
+        *,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> str | None:
         """Make a copy durable; return where it lies, as host:folder, and None where that failed.
 
-        `record` is what a commit would append now. What is saved again, because its commit failed,
-        is not copied again.
+        `record` is what a commit would append now. `confirm` is called before it is written, and
+        may raise. What is saved again, because its commit failed, is not copied again.
         """
         copy = Copy(record=record)
-        if self._newest is not None and _same(self._newest[0], copy):
+        if self._newest is not None and is_same(self._newest[0], copy):
+            confirm()
             return self._newest[1]
 
         def write(storage: Storage) -> bool:
             write_files(storage, copy.folder, files)
-            try:
-                write_file(storage, _record_path(copy.folder), encode(record))
-            except StorageError:
-                give_back(storage, copy.folder)
-                raise
             return True
 
-        if not self._try("not copied to the local tier", write, otherwise=False):
+        def complete(storage: Storage) -> bool:
+            write_file(storage, record_path(copy.folder), encode(record))
+            return True
+
+        is_written = self._try(_NOT_COPIED, write, otherwise=False)
+        try:
+            confirm()
+        except BaseException:
+            self._remove(copy.folder)
+            raise
+        if not is_written or not self._try(_NOT_COPIED, complete, otherwise=False):
+            self._remove(copy.folder)
             return None
         self._newest = copy, f"{socket.gethostname()}:{self._root / copy.folder}"
         if self._committed is not None:
@@ -146,7 +145,7 @@ class LocalTier:
         files = self._read(copy, sorted(copy.checkpoint.files))
         if len(files) == len(copy.checkpoint.files):
             return files
-        self.remove(copy.folder)
+        self._remove(copy.folder)
         return None
 
     def files_of(self, checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -162,14 +161,12 @@ class LocalTier:
         self._committed = committed
 
         def remove(storage: Storage) -> None:
-            names = {
-                *storage.list(CHECKPOINTS),
-                *(Path(each).stem for each in storage.list(COPIES)),
-            }
+            names = {*storage.list(CHECKPOINTS)}
+            names |= {name.removesuffix(".json") for name in storage.list(COPIES)}
             for name in to_remove(names, committed=committed, attempt=attempt):
-                _remove(storage, f"{CHECKPOINTS}/{name}")
+                remove_copy(storage, f"{CHECKPOINTS}/{name}")
 
-        self._try("old local copies were not deleted", remove, otherwise=None)
+        self._try(_NOT_DELETED, remove, otherwise=None)
 
     def sweep(self, *, committed: tuple[int, int], attempt: int) -> None:
         """Do what `tidy` does, and remove what killed writers have left behind."""
@@ -178,33 +175,23 @@ class LocalTier:
             for name in storage.list(TEMPORARY_FOLDER):
                 storage.delete(f"{TEMPORARY_FOLDER}/{name}")
 
-        self._try("the local tier was not swept", remove, otherwise=None)
+        self._try(_NOT_DELETED, remove, otherwise=None)
         self.tidy(committed=committed, attempt=attempt)
-
-    def remove(self, folder: str) -> None:
-        """Delete one copy."""
-        self._try(
-            "a local copy was not deleted", lambda storage: _remove(storage, folder), otherwise=None
-        )
 
     def clear(self) -> None:
         """Delete all copies of the run: it is finished."""
-        self._try(
-            "local copies were not deleted",
-            lambda storage: storage.delete_folder(""),
-            otherwise=None,
-        )
+        self._try(_NOT_DELETED, lambda storage: storage.delete_folder(""), otherwise=None)
         self._newest = None
 
     def _copies(self) -> list[Copy]:
         """Return all copies, the newest steps first."""
 
         def look(storage: Storage) -> list[Copy]:
-            found = (_copy(storage, name) for name in storage.list(COPIES))
+            found = (read_copy(storage, name) for name in storage.list(COPIES))
             return [each for each in found if each is not None]
 
         nothing: list[Copy] = []
-        found = self._try("the local tier cannot be read", look, otherwise=nothing)
+        found = self._try(_NOT_READ, look, otherwise=nothing)
         return sorted(found, key=lambda each: each.checkpoint.step, reverse=True)
 
     def _since(self, copy: Copy, head: Head) -> Iterable[Body | None]:
@@ -227,107 +214,33 @@ class LocalTier:
                     storage.delete(f"{copy.folder}/{name}")
             return files
 
-        return self._try("the local tier cannot be read", read, otherwise={})
+        return self._try(_NOT_READ, read, otherwise={})
 
-    def _try(self, what: str, action: Callable[[Storage], _T], *, otherwise: _T) -> _T:
-        """Do something on the local disk, within a limit; tell what fails, and return `otherwise`.
+    def _remove(self, folder: str) -> None:
+        self._try(_NOT_DELETED, lambda storage: remove_copy(storage, folder), otherwise=None)
 
-        In a thread of its own: a dead disk does not answer at all, and the upload must not wait
-        for it. That thread is left behind, and the disk is not asked again.
-        """
-        results: list[_T] = []
-        errors: list[BaseException] = []
-
-        def act(storage: Storage) -> None:
-            try:
-                results.append(action(storage))
-            except BaseException as error:  # noqa: BLE001 - raised below, or told
-                errors.append(error)
-
+    def _try(self, failed: str, action: Callable[[Storage], _T], *, otherwise: _T) -> _T:
         try:
             storage = self._open()
-            if storage is None or self._is_off:
-                return otherwise
-            thread = threading.Thread(target=act, args=(storage,), name="fmnist-tier", daemon=True)
-            thread.start()
-            thread.join(limits.LOCAL_TIER_SECONDS)
-            if thread.is_alive():
-                self._is_off = True
-                errors.append(StorageError(f"no answer in {limits.LOCAL_TIER_SECONDS:g} s"))
-            for error in errors:
-                raise error
-        except StorageError as error:
-            if what not in self._told:
-                self._warn(f"{what}, the run goes on without: {error}")
-            self._told.add(what)
+        except StorageError as error:  # the run's storage: it matters more elsewhere
+            self._warn(f"{failed}: the run's log cannot be read: {error}")
             return otherwise
-        self._told.discard(what)
-        return results[0]
+        if storage is None:
+            return otherwise
+        return self._effort.do(failed, lambda: action(storage), otherwise=otherwise)
 
     def _open(self) -> Storage | None:
         """Return the folder of the run, None where its name is lost.
 
         Raises `StorageError` from the run's log.
         """
-        if self._storage is None and not self._is_off:
+        if self._storage is None and not self._is_lost:
             try:
                 nonce = self._log.record(0).nonce
             except DamagedRecordError as error:
-                self._is_off = True
+                self._is_lost = True
                 self._warn(f"no local tier: it is named after a record that is damaged: {error}")
                 return None
-            name = hashlib.sha256(f"{self._run}\n{nonce}".encode()).hexdigest()[:16]
-            self._root = self._directory.absolute() / name
+            self._root /= hashlib.sha256(f"{self._run}\n{nonce}".encode()).hexdigest()[:16]
             self._storage = self._make(self._root)
         return self._storage
-
-
-def to_remove(names: Iterable[str], *, committed: tuple[int, int], attempt: int) -> list[str]:
-    """Return the copies that are of no use any more, by name: a pure decision of `attempt`.
-
-    `committed` is step and attempt of the newest checkpoint. Kept are its copy, what this attempt
-    may still commit, and whatever belongs to a newer attempt, which has its own opinion.
-    """
-    doomed: list[str] = []
-    ahead: list[tuple[int, str]] = []
-    for name in sorted(names):
-        parts = step_and_attempt(name)
-        if parts is None or parts == committed or parts[1] > attempt:
-            continue
-        if parts[1] == attempt and parts[0] > committed[0]:
-            ahead.append((parts[0], name))
-        else:
-            doomed.append(name)
-    return doomed + [name for _, name in sorted(ahead, reverse=True)[_AHEAD:]]
-
-
-def _same(one: Copy, other: Copy) -> bool:
-    """Whether two copies are the same state, saved by the same attempt."""
-    return (one.record.attempt, one.checkpoint.step, one.checkpoint.parent) == (
-        other.record.attempt,
-        other.checkpoint.step,
-        other.checkpoint.parent,
-    ) and one.checkpoint.files == other.checkpoint.files
-
-
-def _record_path(folder: str) -> str:
-    return f"{COPIES}/{folder.rpartition('/')[2]}.json"
-
-
-def _copy(storage: Storage, name: str) -> Copy | None:
-    """Return the copy whose record has this name; None for what is damaged, gone or foreign."""
-    try:
-        data = storage.read(f"{COPIES}/{name}")
-        record = decode(data, index=json.loads(data)["index"])
-    except (MissingError, DamagedRecordError, IncompatibleError, ValueError, TypeError, KeyError):
-        return None
-    body = record.body
-    if not isinstance(body, Checkpoint) or _record_path(body.folder) != f"{COPIES}/{name}":
-        return None
-    return Copy(record=record)
-
-
-def _remove(storage: Storage, folder: str) -> None:
-    # The record first: what a kill leaves behind is then no copy.
-    storage.delete(_record_path(folder))
-    storage.delete_folder(folder)

@@ -30,6 +30,7 @@ from fmnist_dist.checkpoint.fold import fold
 from fmnist_dist.checkpoint.folder import describe, give_back, write_files
 from fmnist_dist.checkpoint.head import Head, Retained
 from fmnist_dist.checkpoint.lineage import Commit
+from fmnist_dist.checkpoint.localcopy import NO_COMMIT, Copy
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import (
     Attempt,
@@ -61,7 +62,7 @@ from fmnist_dist.checkpoint.sweep import (
     step_and_attempt,
     sweep,
 )
-from fmnist_dist.checkpoint.tier import NO_COMMIT, Copy, LocalTier
+from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.watch import UNWATCHED, AbandonedError, Watch
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import DataDamagedError, FencedError, OvertakenError, TransientError
