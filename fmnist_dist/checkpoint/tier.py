@@ -91,7 +91,7 @@ class LocalTier:
     def keep(
         self,
         record: Record,
-        files: Mapping[str, bytes],
+        files: Mapping[str, bytes | memoryview],
         *,
         confirm: Callable[[], None] = lambda: None,
     ) -> str | None:
