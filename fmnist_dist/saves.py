@@ -366,9 +366,14 @@ class Saves:
             step=step,
             error=str(error),
             newest_checkpoint="none" if self._newest_step is None else self._newest_step,
+            **self._newest_copy(),
             unsaved_seconds=round(unsaved),
             gives_up_after_seconds=self._config.max_unsaved_seconds,
         )
+
+    def _newest_copy(self) -> dict[str, int]:
+        step = self._writer.copied_step if self._writer is not None else None
+        return {} if step is None else {"newest_local_copy": step}
 
     def _until(self, action: Callable[[], None], failed: str, seconds: float) -> None:
         began = time.monotonic()

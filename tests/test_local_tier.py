@@ -6,9 +6,10 @@
 import contextlib
 import json
 import os
+import shutil
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import (
     Body,
     Checkpoint,
+    File,
     Heal,
     Override,
     Quarantine,
@@ -43,7 +45,7 @@ from fmnist_dist.checkpoint.record import (
 from fmnist_dist.checkpoint.storage import Storage, StorageError
 from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.writer import RunWriter
-from fmnist_dist.errors import FencedError
+from fmnist_dist.errors import DataDamagedError, FencedError
 from fmnist_dist.filenames import METRICS, MODEL
 
 
@@ -148,6 +150,8 @@ def test_a_commit_that_is_tried_again_copies_once(tmp_path: Path) -> None:
     for _ in range(3):
         save_away(storage, writer, 10)
     assert copied(tmp_path) == [10]
+    shutil.rmtree(tmp_path / "tier")  # somebody has cleaned up
+    save_away(storage, writer, 10)
     writer.save(snapshot(10))
     storage.files_read.clear()
     _, restored, _ = start(storage, tier=tier_of(tmp_path, storage))
@@ -161,6 +165,45 @@ def test_a_finished_run_leaves_nothing_behind(tmp_path: Path) -> None:
     writer.save(snapshot(10))
     writer.finish(step=10, reason="epochs", metrics={})
     assert list((tmp_path / "tier").iterdir()) == []
+
+
+@dataclass
+class Confirms:
+    """A watch that counts, and finds that the ranks hold different states."""
+
+    differ: bool
+    asked: int = 0
+
+    def go_on(self) -> None:
+        pass
+
+    def confirm(self, files: Mapping[str, File]) -> None:
+        self.asked += 1
+        assert {name: file.size for name, file in files.items()} == {
+            name: len(data) for name, data in files_of(10).items()
+        }
+        if self.differ:
+            raise DataDamagedError("different")
+
+
+@pytest.mark.parametrize("has_tier", [True, False])
+def test_what_the_ranks_do_not_agree_on_is_not_copied_either(
+    tmp_path: Path, *, has_tier: bool
+) -> None:
+    storage = Away()
+    tier = tier_of(tmp_path, storage) if has_tier else None
+    writer, _, _ = start(storage, tier=tier)
+    watch = Confirms(differ=True)
+    with pytest.raises(DataDamagedError):
+        writer.save(snapshot(10), watch)
+    assert watch.asked == 1
+    assert (copied(tmp_path), storage.list("checkpoints")) == ([], [])
+    for number in range(1, 3):
+        watch = Confirms(differ=False)
+        storage.is_away = number == 1
+        with contextlib.suppress(StorageError):
+            assert writer.save(snapshot(10), watch)
+        assert watch.asked == (1 if has_tier or number == 2 else 0)
 
 
 @given(

@@ -181,6 +181,7 @@ def test_a_restart_goes_on_from_a_copy_that_was_made_while_storage_was_away(
         wait_for(lambda: "save failed, training goes on" in job.text(), "a failed save")
         committed = checkpoints(root)[-1].step
         wait_for(lambda: newest_copy() > committed + 8, "copies of later steps")
+        wait_for(lambda: f"newest_checkpoint={committed} newest_local_copy=" in job.text(), "word")
         pids = job.keeper_pids()
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

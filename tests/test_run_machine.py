@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -20,6 +21,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from memory_storage import MemoryStorage
 from ranks import Rank, expected_rows, learned_by_the_newest, rows_of_the_line
 from run_builders import start, step_of
 from run_model import Killed, Model, Network, Trouble
@@ -28,10 +30,11 @@ from fmnist_dist.checkpoint import fold, lineage, log, record
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.history import read_history
 from fmnist_dist.checkpoint.log import RunLog
-from fmnist_dist.checkpoint.record import Rollback
+from fmnist_dist.checkpoint.record import Quarantine, Rollback
 from fmnist_dist.checkpoint.restore import Restored, read_checkpoint, read_newest
 from fmnist_dist.checkpoint.storage import StorageError
 from fmnist_dist.checkpoint.sweep import prune
+from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.writer import CutOffError, RunWriter, Snapshot
 from fmnist_dist.errors import DataDamagedError, FencedError, UsageError
 from fmnist_dist.filenames import METRICS, MODEL
@@ -90,6 +93,9 @@ class RunMachine(RuleBasedStateMachine):
 
     # How it is done.
 
+    def tier(self) -> LocalTier | None:
+        return None
+
     def one_of_the_ranks(self, data: st.DataObject) -> Rank:
         back = data.draw(st.sampled_from([0, 0, 0, *range(len(self.ranks))]))
         return self.ranks[-1 - back]
@@ -117,10 +123,10 @@ class RunMachine(RuleBasedStateMachine):
             self.do(deed, rank, data)
 
     def take_over(self, owner: str) -> None:
-        superseded, newest = self.model.is_superseded(owner), self.model.newest
+        superseded = self.model.is_superseded(owner)
         trouble = self.storage.trouble
         try:
-            writer, restored, swept = start(self.storage, owner)
+            writer, restored, swept = start(self.storage, owner, tier=self.tier())
         except FencedError:
             assert self.model.is_superseded(owner) or (trouble and trouble.kind == "meanwhile")
         except DataDamagedError:
@@ -133,7 +139,7 @@ class RunMachine(RuleBasedStateMachine):
         else:
             assert not superseded
             assert swept.suspended is None
-            assert not self.untroubled or step_of(restored) == (newest or 0)
+            assert not self.untroubled or step_of(restored) == (self.model.newest or 0)
             self.add(Rank.after(writer, restored))
 
     def do(self, deed: str, rank: Rank, data: st.DataObject) -> None:
@@ -266,6 +272,49 @@ class RunMachine(RuleBasedStateMachine):
         assert history.damaged == ()
 
 
+class TieredMachine(RunMachine):
+    """All launches are on one node, with a local tier: what storage refused may come later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disk = MemoryStorage()
+
+    def tier(self) -> LocalTier:
+        return LocalTier(
+            Path("/tier"), run="run", log=self.log, warn=self.refuse, make=lambda _: self.disk
+        )
+
+    @staticmethod
+    def refuse(line: str) -> None:
+        assert "the run's log cannot be read" in line
+
+    @rule(data=st.data())
+    def a_restart_finds_the_newest_copy_or_checkpoint(self, data: st.DataObject) -> None:
+        """The newest rank saves while storage refuses everything; its launch is started again."""
+        if not self.ranks or self.ranks[-1].writer.attempt != self.model.attempt:
+            return
+        rank = self.ranks[-1]
+        rank.train(data.draw(st.integers(1, 3)))
+        self.storage.trouble = Trouble("refused", 0, lambda: None)
+        with contextlib.suppress(CutOffError, StorageError):
+            rank.save()
+        self.storage.trouble = None
+        head, known = self.log.read().head, rank.writer.head.index
+        since = [self.log.record(index).body for index in range(known + 1, head.index + 1)]
+        stands = not any(isinstance(each, Quarantine | Rollback) for each in since)
+        is_copied = rank.writer.copied_step == rank.step and not rank.writer._is_cut_off(head)
+        at_least = max(self.model.newest or 0, rank.step if is_copied and stands else 0)
+        self.untroubled = True
+        self.take_over(self.model.owners[-1])
+        if self.model.newest is not None or not self.model.committed:
+            assert self.ranks[-1].writer.attempt == self.model.attempt
+            assert self.ranks[-1].step >= at_least
+
+    def _damage(self, rank: Rank, data: st.DataObject) -> None:
+        self.disk.objects.clear()  # else a local copy would do
+        super()._damage(rank, data)
+
+
 SHORT = settings(
     max_examples=120,
     stateful_step_count=30,
@@ -276,6 +325,15 @@ SHORT = settings(
 
 TestRunMachine = RunMachine.TestCase
 TestRunMachine.settings = SHORT
+
+
+TestTieredMachine = TieredMachine.TestCase
+TestTieredMachine.settings = settings(SHORT, max_examples=40)
+
+
+@pytest.mark.slow
+class TestTieredMachineForLong(TieredMachine.TestCase):
+    settings = settings(SHORT, max_examples=200, stateful_step_count=60)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from fmnist_dist.errors import IncompatibleError
 
 COPIES = "copies"
 NO_COMMIT = (0, 0)  # step and attempt of the newest checkpoint, where a run has none
-_AHEAD = 2  # copies that no commit has caught up with: the one under way, and the newest
+AHEAD = 2  # copies that no commit has caught up with: the one under way, and the newest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,23 +34,26 @@ class Copy:
         return self.checkpoint.folder
 
 
-def to_remove(names: Iterable[str], *, committed: tuple[int, int], attempt: int) -> list[str]:
+def to_remove(
+    names: Iterable[str], *, committed: tuple[int, int], attempt: int, ahead: int = AHEAD
+) -> list[str]:
     """Return the copies that are of no use any more, by name: a pure decision of `attempt`.
 
-    `committed` is step and attempt of the newest checkpoint. Kept are its copy, what this attempt
-    may still commit, and whatever belongs to a newer attempt, which has its own opinion.
+    `committed` is step and attempt of the newest checkpoint. Kept are its copy, the newest `ahead`
+    that this attempt may still commit, and whatever belongs to a newer attempt, which has its own
+    opinion.
     """
     doomed: list[str] = []
-    ahead: list[tuple[int, str]] = []
+    mine: list[tuple[int, str]] = []
     for name in sorted(names):
         parts = step_and_attempt(name)
         if parts is None or parts == committed or parts[1] > attempt:
             continue
         if parts[1] == attempt and parts[0] > committed[0]:
-            ahead.append((parts[0], name))
+            mine.append((parts[0], name))
         else:
             doomed.append(name)
-    return doomed + [name for _, name in sorted(ahead, reverse=True)[_AHEAD:]]
+    return doomed + [name for _, name in sorted(mine, reverse=True)[ahead:]]
 
 
 def is_same(one: Copy, other: Copy) -> bool:

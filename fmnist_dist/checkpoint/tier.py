@@ -16,6 +16,7 @@ begun anew under the same URL never sees what the former one has left.
 import hashlib
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -101,7 +102,7 @@ class LocalTier:
         may raise. What is saved again, because its commit failed, is not copied again.
         """
         copy = Copy(record=record)
-        if self._newest is not None and is_same(self._newest[0], copy):
+        if self._newest is not None and is_same(self._newest[0], copy) and self._has_newest():
             confirm()
             return self._newest[1]
 
@@ -159,29 +160,45 @@ class LocalTier:
     def tidy(self, *, committed: tuple[int, int], attempt: int) -> None:
         """Keep what the newest checkpoint and a later commit of this attempt need, and no more."""
         self._committed = committed
-
-        def remove(storage: Storage) -> None:
-            names = {*storage.list(CHECKPOINTS)}
-            names |= {name.removesuffix(".json") for name in storage.list(COPIES)}
-            for name in to_remove(names, committed=committed, attempt=attempt):
-                remove_copy(storage, f"{CHECKPOINTS}/{name}")
-
-        self._try(_NOT_DELETED, remove, otherwise=None)
+        self._tidy(partial(to_remove, committed=committed, attempt=attempt))
 
     def sweep(self, *, committed: tuple[int, int], attempt: int) -> None:
-        """Do what `tidy` does, and remove what killed writers have left behind."""
+        """Keep the newest checkpoint's copy alone: this attempt goes on from there.
+
+        What killed writers have left is removed, and what this one has copied before a rollback.
+        """
+        self._committed = committed
 
         def remove(storage: Storage) -> None:
             for name in storage.list(TEMPORARY_FOLDER):
                 storage.delete(f"{TEMPORARY_FOLDER}/{name}")
 
         self._try(_NOT_DELETED, remove, otherwise=None)
-        self.tidy(committed=committed, attempt=attempt)
+        self._tidy(partial(to_remove, committed=committed, attempt=attempt, ahead=0))
+
+    def _tidy(self, useless: Callable[[Iterable[str]], list[str]]) -> None:
+        def remove(storage: Storage) -> None:
+            names = {*storage.list(CHECKPOINTS)}
+            names |= {name.removesuffix(".json") for name in storage.list(COPIES)}
+            for name in useless(names):
+                remove_copy(storage, f"{CHECKPOINTS}/{name}")
+
+        self._try(_NOT_DELETED, remove, otherwise=None)
 
     def clear(self) -> None:
         """Delete all copies of the run: it is finished."""
         self._try(_NOT_DELETED, lambda storage: storage.delete_folder(""), otherwise=None)
         self._newest = None
+
+    def _has_newest(self) -> bool:
+        """Whether nobody has cleaned up the disk since."""
+        if self._newest is None:
+            return False
+        name = Path(record_path(self._newest[0].folder)).name
+        return (
+            self._try(_NOT_READ, lambda storage: read_copy(storage, name), otherwise=None)
+            is not None
+        )
 
     def _copies(self) -> list[Copy]:
         """Return all copies, the newest steps first."""

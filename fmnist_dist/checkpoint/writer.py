@@ -121,7 +121,6 @@ class RunWriter:
         self._storage = storage
         self._tier = tier
         self._offered = offered  # local copies that this attempt may go on from
-        self._chosen = NO_COMMIT
         self._log = log
         self._verified: set[int] = set()
         self._swept = head.swept
@@ -194,6 +193,11 @@ class RunWriter:
         writer._knows = max(writer._knows, cut or 0)
         return writer
 
+    @property
+    def copied_step(self) -> int | None:
+        """The step of the newest copy that this writer has put into a local tier, if any."""
+        return None if self._tier is None else self._tier.newest_step
+
     def refresh(self) -> Head:
         """Return the head as the log has it now. Raises `FencedError`."""
         self._append(lambda _: None)
@@ -248,7 +252,7 @@ class RunWriter:
             if not restored.nearby:  # else the run's own files were not all read
                 self._verified.add(newest.index)
             self._goes_on_from(newest.index)
-            self._chosen = step_and_attempt(restored.commit.checkpoint.folder) or NO_COMMIT
+            self._sweep_tier(step_and_attempt(restored.commit.checkpoint.folder) or NO_COMMIT)
             return restored
         if self.head.committed or self._may_have_lost_one():
             raise DataDamagedError(
@@ -256,6 +260,7 @@ class RunWriter:
                 "folder from a copy, or start a new run with another --run-dir"
             )
         self._goes_on_from(None)
+        self._sweep_tier(NO_COMMIT)
         return None
 
     def sweep(self) -> Swept:
@@ -263,8 +268,6 @@ class RunWriter:
         swept = sweep(self._storage, self._log, self.head)
         if swept.suspended is None:
             self._swept = self.attempt - 1
-        if self._tier is not None:
-            self._tier.sweep(committed=self._chosen, attempt=self.attempt)
         return swept
 
     def save(self, snapshot: Snapshot, watch: Watch = UNWATCHED) -> bool:
@@ -418,6 +421,10 @@ class RunWriter:
         record = Record(index=index, attempt=self.attempt, body=body, head=after)
         place = self._tier.keep(record, snapshot.files, confirm=confirm)
         return body if place is None else replace(body, copies=(place,))
+
+    def _sweep_tier(self, committed: tuple[int, int]) -> None:
+        if self._tier is not None:
+            self._tier.sweep(committed=committed, attempt=self.attempt)
 
     def _files_nearby(self, checkpoint: Checkpoint) -> dict[str, bytes]:
         return {} if self._tier is None else self._tier.files_of(checkpoint)
