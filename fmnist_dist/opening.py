@@ -71,8 +71,9 @@ def check_tier(directory: Path, place: Place) -> None:
 
     A disk that has become read-only is no mistake of the user: the run goes on without it.
     """
-    wanted, run = directory.resolve(), place.folder.resolve()
-    if wanted.is_relative_to(run):
+    wanted = directory.resolve()
+    run: Path | None = place.folder
+    if run is not None and wanted.is_relative_to(run.resolve()):
         raise UsageError(
             f"--local-tier {directory}: is in --run-dir {place}; expected a folder elsewhere, on a "
             "disk of this node"
