@@ -14,6 +14,8 @@ from program import called, nodes, sources
 # Reviewed: so many silent handlers in this function, and why each may be silent.
 SILENT: dict[str, tuple[int, str]] = {
     # The caller is told by the value that is returned.
+    "fmnist_dist/checkpoint/interruptions.py::last_interval": (1, "an older record, or none"),
+    "fmnist_dist/checkpoint/interruptions.py::_newest_records": (1, "readers of the run list it"),
     "fmnist_dist/checkpoint/lineage.py::_intact": (1, "None is the answer, and what callers ask"),
     "fmnist_dist/checkpoint/local.py::LocalStorage.list": (1, "a folder not made yet is empty"),
     "fmnist_dist/checkpoint/log.py::RunLog.is_intact": (1, "the answer is no"),

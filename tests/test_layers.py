@@ -25,7 +25,7 @@ LAYERS = (
     {"flight"},
     {"checkpoint", "data", "distributed", "handover", "models", "staging", "telemetry"},
     {"agreement", "state"},
-    {"plan", "digest", "filenames", "tensorfile"},
+    {"plan", "digest", "filenames", "interval", "tensorfile"},
     {"settings"},
     {"config"},
     {"rule"},
@@ -40,8 +40,8 @@ WITHOUT_TORCH += ["distributed.generation", "distributed.process", "distributed.
 WITHOUT_TORCH += ["distributed.comparison", "distributed.interface", "saver"]
 WITHOUT_TORCH += ["distributed.transfer", "faults", "keeper.deaths", "keeper.watchdog", "limits"]
 WITHOUT_TORCH += [f"handover.{path.stem}" for path in (PACKAGE / "handover").glob("[a-z]*.py")]
-WITHOUT_TORCH += ["distributed.tree", "errors", "filenames", "keys", "plan", "rule", "runs"]
-WITHOUT_TORCH += ["settings", "usage", "evaluate", "train"]
+WITHOUT_TORCH += ["distributed.tree", "errors", "filenames", "interval", "keys", "plan", "rule"]
+WITHOUT_TORCH += ["runs", "settings", "usage", "evaluate", "train"]
 WITHOUT_TORCH += [f"checkpoint.{path.stem}" for path in (PACKAGE / "checkpoint").glob("[a-z]*.py")]
 
 

@@ -56,6 +56,7 @@ NUMBERS = {
     "fmnist_dist/telemetry/progress.py": "between two lines of progress",
     "fmnist_dist/telemetry/bar.py": "between two frames of the bar",
     "fmnist_dist/config.py": "defaults of settings",
+    "fmnist_dist/interval.py": "bounds and prior of an estimate",
     "fmnist_dist/keeper/watchdog.py": "the watchdog's table",
     "fmnist_dist/limits.py": "the place",
     "fmnist_dist/faults.py": "a fault hangs on purpose",

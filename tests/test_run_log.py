@@ -30,6 +30,7 @@ from fmnist_dist.checkpoint.record import (
 )
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import DataDamagedError, ExitCode, IncompatibleError
+from fmnist_dist.interval import Cost, Evidence, choose
 
 LONGEST = 300
 
@@ -46,6 +47,23 @@ BODIES: list[Body] = [
         evaluated=True,
         metrics={"train_loss": 1e-310, "lr": -0.0, "test_accuracy": 0.1 + 0.2},
         swept=0,
+    ),
+    Checkpoint(
+        step=120,
+        epoch=1.01,
+        reason="auto",
+        folder="checkpoints/000000120-0001-0123456789abcdef",
+        files={},
+        parent=3,
+        ledger=(),
+        evaluated=False,
+        metrics={},
+        swept=0,
+        interval=choose(
+            cost=Cost(pause_seconds=0.1 + 0.2, save_seconds=7.0),
+            evidence=Evidence(interruptions=2, seconds=1e4 / 3),
+            step_seconds=0.07,
+        ),
     ),
     Override(step=5, settings={"lr": 0.1, "epochs": 3, "augment": "none"}),
     Quarantine(checkpoint=1, step=118, why="x"),
@@ -108,6 +126,12 @@ def test_a_head_from_before_there_were_rollbacks_is_read() -> None:
     assert head.checkpoints == record_of(BODIES[1]).head.checkpoints
     record = dataclasses.replace(record_of(BODIES[1]), head=head)
     assert decode(encode(record), index=7) == record
+
+
+def test_a_checkpoint_without_a_chosen_interval_is_what_it_was_before_there_was_one() -> None:
+    """Or versions that do not know `--save-every-steps auto` could not read any newer run."""
+    chosen = [b'"interval"' in encode(record_of(body)) for body in BODIES]
+    assert [type(body) for body, each in zip(BODIES, chosen, strict=True) if each] == [Checkpoint]
 
 
 def test_every_kind_of_record_is_among_those_that_are_read_back() -> None:

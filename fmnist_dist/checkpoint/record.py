@@ -18,6 +18,7 @@ from typing import Any
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import IncompatibleError
+from fmnist_dist.interval import Interval
 
 FORMAT = 1
 
@@ -74,6 +75,7 @@ class Checkpoint:
     metrics: dict[str, float]  # the last value of each
     swept: int  # the writer has swept after every attempt up to this one
     copies: tuple[str, ...] = ()  # where it was copied to besides, as host:folder
+    interval: Interval | None = None  # in force when it was made, if it was chosen by the program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,8 +231,11 @@ def decode(data: bytes, *, index: int) -> Record:
 
 def _fields(body: Body) -> dict[str, Json]:
     fields = dataclasses.asdict(body)
-    if isinstance(body, Checkpoint) and not body.copies:
-        del fields["copies"]  # versions before it read what has none
+    if isinstance(body, Checkpoint):
+        # Named only where there are any: versions that do not know them read all other runs.
+        for name in ("copies", "interval"):
+            if not fields[name]:
+                del fields[name]
     return fields
 
 
@@ -243,6 +248,8 @@ def _body(kind: Kind, fields: Mapping[str, Json]) -> Body:
             for e in values["ledger"]
         )
         values["copies"] = tuple(values.get("copies", ()))
+        if "interval" in values:
+            values["interval"] = Interval(**values["interval"])
     if kind is Kind.RETIRE:
         values = {name: tuple(value) for name, value in values.items()}
     return _BODIES[kind](**values)

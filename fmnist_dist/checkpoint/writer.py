@@ -66,6 +66,7 @@ from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.watch import UNWATCHED, AbandonedError, Watch
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import DataDamagedError, FencedError, OvertakenError, TransientError
+from fmnist_dist.interval import Interval
 
 
 class CutOffError(TransientError):
@@ -97,6 +98,7 @@ class Snapshot:
     evaluated: bool
     metrics: Mapping[str, float]
     parent: int | Own | None = Own.OWN  # what rows and ledger begin at
+    interval: Interval | None = None
 
 
 class RunWriter:
@@ -294,6 +296,7 @@ class RunWriter:
             evaluated=snapshot.evaluated,
             metrics=dict(snapshot.metrics),
             swept=self._swept,
+            interval=snapshot.interval,
         )
         body = self._copied(body, snapshot, watch)
         try:
