@@ -128,8 +128,8 @@ def duration(seconds: float) -> str:
 
 def _reason(cost: Cost, evidence: Evidence) -> str:
     return (
-        f"a save costs {duration(cost.pause_seconds)}, work is lost every "
-        f"{duration(evidence.mtbf_seconds)} ({evidence.interruptions} times in "
+        f"a save costs {duration(cost.pause_seconds)}, an interruption loses work every "
+        f"{duration(evidence.mtbf_seconds)} ({evidence.interruptions} in "
         f"{duration(evidence.seconds)} seen, {_ASSUMED} in {duration(ASSUMED_SECONDS)} assumed)"
     )
 

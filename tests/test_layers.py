@@ -22,7 +22,7 @@ LAYERS = (
     {"healing", "held"},
     {"loop", "lookout", "opening"},
     {"build", "desk", "saves", "takeover"},
-    {"flight"},
+    {"flight", "pace"},
     {"checkpoint", "data", "distributed", "handover", "models", "staging", "telemetry"},
     {"agreement", "state"},
     {"plan", "digest", "filenames", "interval", "tensorfile"},
@@ -40,8 +40,8 @@ WITHOUT_TORCH += ["distributed.generation", "distributed.process", "distributed.
 WITHOUT_TORCH += ["distributed.comparison", "distributed.interface", "saver"]
 WITHOUT_TORCH += ["distributed.transfer", "faults", "keeper.deaths", "keeper.watchdog", "limits"]
 WITHOUT_TORCH += [f"handover.{path.stem}" for path in (PACKAGE / "handover").glob("[a-z]*.py")]
-WITHOUT_TORCH += ["distributed.tree", "errors", "filenames", "interval", "keys", "plan", "rule"]
-WITHOUT_TORCH += ["runs", "settings", "usage", "evaluate", "train"]
+WITHOUT_TORCH += ["distributed.tree", "errors", "filenames", "interval", "keys", "pace", "plan"]
+WITHOUT_TORCH += ["rule", "runs", "settings", "usage", "evaluate", "train"]
 WITHOUT_TORCH += [f"checkpoint.{path.stem}" for path in (PACKAGE / "checkpoint").glob("[a-z]*.py")]
 
 

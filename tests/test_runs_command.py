@@ -26,6 +26,7 @@ from fmnist_dist.data.order import epoch_order
 from fmnist_dist.digest import EpochDigest
 from fmnist_dist.errors import ExitCode
 from fmnist_dist.filenames import METRICS, MODEL
+from fmnist_dist.interval import Cost, Evidence, choose, duration
 from fmnist_dist.plan import Plan, Settings
 
 NUM_SAMPLES = 60  # of a fake run: four steps an epoch, of 16, 16, 16 and 12
@@ -125,6 +126,7 @@ def test_json_has_the_fixed_keys_and_what_the_log_holds(tmp_path: Path, command:
         "overrides",
         "config",
         "metrics",
+        "save_interval",
     ]
     found = story(command, root)
     assert found["run"] == str(root)
@@ -147,6 +149,29 @@ def test_json_has_the_fixed_keys_and_what_the_log_holds(tmp_path: Path, command:
     assert found["config"]["optimizer"] == "sgd"  # a default, which the record does not hold
     assert "run_dir" not in found["config"]  # of one launch, not of the run
     assert found["metrics"] == {"train_loss": 1 / 6}
+    assert found["save_interval"] is None
+
+
+def test_the_interval_that_the_newest_attempt_has_chosen_is_shown(
+    tmp_path: Path, command: Command
+) -> None:
+    root = tmp_path / "run"
+    chosen = choose(
+        cost=Cost(pause_seconds=0.25, save_seconds=0.5),
+        evidence=Evidence(interruptions=3, seconds=7200.0),
+        step_seconds=0.5,
+    )
+    writer = begin(root)
+    assert writer.save(dataclasses.replace(snapshot(2), interval=chosen))
+    save(writer, 4, reason="survivor")  # by a rank that chooses nothing
+    assert story(command, root)["save_interval"] == dataclasses.asdict(chosen)
+    assert (
+        f"saving     every {duration(chosen.seconds)} (auto): {chosen.why}\n"
+        in command("show", root)[1]
+    )
+    save(begin(root), 6)  # and this launch does not choose any more
+    assert story(command, root)["save_interval"] is None
+    assert "(auto)" not in command("show", root)[1]
 
 
 def test_metrics_of_a_finished_run_are_those_of_its_end(tmp_path: Path, command: Command) -> None:

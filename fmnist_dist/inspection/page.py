@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fmnist_dist.inspection.summary import Summary
+from fmnist_dist.interval import duration
 from fmnist_dist.usage import shown
 
 _NOT_MEASURED = {"epoch", "samples"}  # of the newest metric row, and above already
@@ -20,6 +21,7 @@ def show_page(summary: Summary) -> str:
         ("step", str(summary["step"])),
         ("epoch", number(summary["epoch"])),
         ("same bits", same),
+        *_interval(summary),
     ]
     sections = [
         columns(facts),
@@ -56,6 +58,13 @@ def _section(title: str, rows: Sequence[Sequence[str]]) -> str:
         return ""
     indented = "".join(f"  {line}\n" for line in columns(rows).splitlines())
     return f"{title}\n{indented}"
+
+
+def _interval(summary: Summary) -> list[tuple[str, str]]:
+    chosen = summary["save_interval"]
+    if chosen is None:
+        return []
+    return [("saving", f"every {duration(chosen['seconds'])} (auto): {chosen['why']}")]
 
 
 def _metrics(summary: Summary) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ def summarise(run: FoundRun, history: History) -> Summary:
         "overrides": [dict(each) for each in history.overrides],
         "config": settings_in_force(history),
         "metrics": history.metrics,
+        "save_interval": _interval(history),
     }
 
 
@@ -55,6 +56,14 @@ def _copies(commit: Commit, history: History) -> list[str]:
     """
     is_kept = commit == history.newest and history.finish is None
     return list(commit.checkpoint.copies) if is_kept else []
+
+
+def _interval(history: History) -> dict[str, Any] | None:
+    """Return what the newest attempt has chosen with `--save-every-steps auto`, None without."""
+    for commit in reversed(history.retained):
+        if commit.attempt == history.head.attempt and commit.checkpoint.interval is not None:
+            return dataclasses.asdict(commit.checkpoint.interval)
+    return None
 
 
 def _checkpoint(commit: Commit, *, copies: list[str]) -> dict[str, Any]:
