@@ -35,6 +35,8 @@ Precision = Literal["fp32", "bf16"]
 Augment = Literal["none", "flip", "crop-flip"]
 Device = Literal["auto", "cpu", "cuda"]
 OnNonFinite = Literal["stop", "skip", "rollback"]
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
 
 RUN = Group("Run", sort_key=1)
 
@@ -88,9 +90,11 @@ class Config:
         bool, _compute("for debuggers: train without a keeper", has_negative=False)
     ] = False
 
-    save_every_steps: Annotated[int | None, POSITIVE, _saving("between two saves", "STEPS")] = None
+    save_every_steps: Annotated[
+        int | Auto | None, POSITIVE, _saving("between two saves; losing least time", "STEPS")
+    ] = None
     save_every_seconds: Annotated[
-        float | None, POSITIVE, _saving("between two saves", "SECONDS")
+        float | None, POSITIVE, _saving("between two saves; with auto none", "SECONDS")
     ] = 60.0
     keep_last: Annotated[int, POSITIVE, _saving("newest checkpoints to keep", "N")] = 3
     keep_every: Annotated[int | None, POSITIVE, _saving("also keep multiples", "STEPS")] = None

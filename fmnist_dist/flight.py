@@ -15,6 +15,7 @@ from fmnist_dist.distributed.comparison import Comparison
 from fmnist_dist.distributed.connection import StoreLostError
 from fmnist_dist.distributed.share import refuse_different
 from fmnist_dist.filenames import METRICS
+from fmnist_dist.interval import Interval
 from fmnist_dist.staging import Staging
 from fmnist_dist.state import Row, TrainState
 from fmnist_dist.telemetry.events import EventLog
@@ -35,6 +36,7 @@ class Copy:
     evaluated: bool
     metrics: Mapping[str, float]
     parent: int | None
+    interval: Interval | None  # in force, if it was chosen by the program
 
     @staticmethod
     def of(
@@ -43,6 +45,7 @@ class Copy:
         *,
         reason: str,
         epochs_done: Callable[[int], float],
+        interval: Interval | None = None,
     ) -> "Copy":
         """Copy a state, into other memory where this does not fit; commits wait meanwhile."""
         with state.still():
@@ -60,6 +63,7 @@ class Copy:
                 evaluated=state.evaluated,
                 metrics=dict(state.metrics),
                 parent=state.parent,
+                interval=interval,
             )
 
     def snapshot(self) -> Snapshot:
@@ -74,6 +78,7 @@ class Copy:
             evaluated=self.evaluated,
             metrics=self.metrics,
             parent=self.parent,
+            interval=self.interval,
         )
 
 
@@ -82,6 +87,8 @@ class Flight:
 
     def __init__(self, step: int, comparison: Comparison | None) -> None:
         self.step = step
+        self.pause_seconds = 0.0  # that training stood still for the copy
+        self.seconds = 0.0  # on the thread, once it is durable and older ones are retired
         self.digest: str | None = None  # of the copy, once it is known
         self._comparison = comparison
         self._abandoned = threading.Event()

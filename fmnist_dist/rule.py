@@ -55,11 +55,14 @@ class Rule:
     optional: bool
     choices: tuple[str, ...]  # empty: any value within the limit
     limit: Limit | None
+    words: tuple[str, ...] = ()  # that may stand in place of a number
 
     def accept(self, name: str, value: object) -> object:
         """Return a value in the setting's own type. Raises InvalidSettingError."""
         if self.optional and (value is None or value == "none"):
             return None
+        if isinstance(value, str) and value in self.words:
+            return value
         if self.kind is Path and type(value) is str and value:
             value = Path(value)
         # Exact types: a bool is an int to Python, not to a user. float() of 10**400 would overflow.
@@ -83,11 +86,14 @@ class Rule:
         return self.limit is None or self.limit.holds(value)
 
     def _expected(self, value: object) -> str:
-        hint = did_you_mean(value, self.choices) if isinstance(value, str) else ""
+        names = (*self.choices, *self.words)
+        hint = did_you_mean(value, names) if isinstance(value, str) else ""
         what = " or ".join(self.choices) or _KINDS.get(self.kind, "a path")
         limit = self.limit.expected if self.limit is not None else ""
         end = " and below 2**63" if isinstance(value, int) and value >= _INTEGERS_END else ""
-        return f"{what}{limit}{end}{' or none' if self.optional else ''}{hint}"
+        words = (*self.words, "none") if self.optional else self.words
+        *commas, last = (f"{what}{limit}{end}", *words)
+        return f"{', '.join(commas)} or {last}{hint}" if commas else f"{last}{hint}"
 
 
 def rule_of(hint: Any) -> Rule:
@@ -100,7 +106,14 @@ def rule_of(hint: Any) -> Rule:
         optional=NoneType in get_args(annotated),
         choices=get_args(annotated) if literal else (),
         limit=next((note for note in notes if isinstance(note, Limit)), None),
+        words=() if literal else _words(annotated),
     )
+
+
+def _words(annotated: Any) -> tuple[str, ...]:
+    """Return the words of a type such as `int | Literal["auto"] | None`."""
+    literals = (each for each in get_args(annotated) if get_origin(each) is Literal)
+    return tuple(word for each in literals for word in get_args(each))
 
 
 def flag(
@@ -121,6 +134,8 @@ def _from_tokens(kind: Any, tokens: tuple[Token, ...]) -> object:
     value, text = tokens[-1].implicit_value, tokens[-1].value
     if value is not UNSET:
         return value  # from TOML, where values have types
+    if _words(kind):
+        kind = next(each for each in get_args(kind) if get_origin(each) is not Literal)
     if kind is bool:
         return _BOOLEANS.get(text.lower(), text)
     try:

@@ -23,13 +23,14 @@ from fmnist_dist.checkpoint.record import DamagedRecordError
 from fmnist_dist.checkpoint.storage import StorageError
 from fmnist_dist.checkpoint.watch import UNWATCHED, AbandonedError, Watch
 from fmnist_dist.checkpoint.writer import RunWriter, Snapshot
-from fmnist_dist.config import Config
+from fmnist_dist.config import AUTO, Config
 from fmnist_dist.distributed.comparison import Comparison
 from fmnist_dist.distributed.connection import StoreLostError
 from fmnist_dist.distributed.share import DifferentStatesError
 from fmnist_dist.errors import FencedError, NoProgressError, TransientError
 from fmnist_dist.flight import Copy, Flight, digest_of
 from fmnist_dist.handover.board import Board
+from fmnist_dist.pace import Pace
 from fmnist_dist.plan import Plan
 from fmnist_dist.saver import Saver
 from fmnist_dist.staging import Staging
@@ -95,9 +96,12 @@ class Saves:
         self._plan = plan
         self._progress = progress
         self._board = board
+        is_auto, every_steps = config.save_every_steps == AUTO, config.save_every_steps
         self._schedule = Schedule(
-            every_steps=config.save_every_steps, every_seconds=config.save_every_seconds
+            every_steps=every_steps if isinstance(every_steps, int) else None,
+            every_seconds=config.save_every_seconds,
         )
+        self._pace = Pace(log) if is_auto and retires else None
         self._saver = Saver()
         self._flight: Flight | None = None  # what the thread saves
         self._staging: Staging | None = None  # its copy; nobody else's while it is busy
@@ -124,11 +128,18 @@ class Saves:
             return self._writer
 
     def prepare(self, state: TrainState) -> None:
-        """Make the memory for copies ahead: the first save is to cost no more than a later one."""
-        if self._staging is None and not self._saver.busy and state.step > 0:
+        """Make the memory for copies ahead: the first save is to cost no more than a later one.
+
+        Then read what decides how often to save, if that is left to the program.
+        """
+        if self._saver.busy or state.step == 0:
+            return
+        if self._staging is None:
             with state.still():
                 self._staging = Staging(state.tensors_by_file())
             self._saver.start(self._staging.touch)
+        elif self._pace is not None and not self._pace.is_read and self._flight is None:
+            self._saver.start(self._pace.read)
 
     def wants(self, step: int, *, ends_epoch: bool) -> bool:
         """Whether the state should be saved after `step` steps: it is due, and the thread is free.
@@ -137,6 +148,8 @@ class Saves:
         with the last save: `FencedError`, `StorageError` after the limit only.
         """
         self._collect()
+        if self._pace is not None:
+            self._pace.stepping(beside_save=self._flight is not None)
         reason = self._reason(step, ends_epoch=ends_epoch)
         if reason is not None and self._saver.busy:
             self._remember(reason)
@@ -157,14 +170,18 @@ class Saves:
         if self._saver.busy or not self._staged.acquire(blocking=False):
             self._remember(reason)
             return
+        began = time.monotonic()
         try:
             self._board.saving = state.step
             copy = self._copy(state, reason)
             self._flight = Flight(state.step, comparison)
-            self._saver.start(partial(self._save_copy, copy, self._flight))
+            self._saver.start(partial(self._fly, copy, self._flight))
         finally:
             self._staged.release()
         now = time.monotonic()
+        self._flight.pause_seconds = now - began
+        if self._pace is not None:
+            self._pace.leave_out()
         self._due_since = self._due_since or now
         self._copied_at = now
         self._waiting = None
@@ -317,9 +334,13 @@ class Saves:
         now = time.monotonic()
         if self._retry_at is not None:
             return "retry" if now >= self._retry_at else None
-        return self._waiting or self._schedule.reason(
-            step=step, ends_epoch=ends_epoch, seconds_since=now - self._copied_at
+        since = now - self._copied_at
+        reason = self._waiting or self._schedule.reason(
+            step=step, ends_epoch=ends_epoch, seconds_since=since
         )
+        if reason is None and self._pace is not None and self._pace.is_due(since):
+            return "auto"
+        return reason
 
     def _remember(self, reason: str) -> None:
         """Save as soon as the thread is free."""
@@ -339,6 +360,10 @@ class Saves:
                 self._due_since = None if self._waiting is None else self._waiting_since
                 self._retry_at = None
                 self.shown = flight.digest or self.shown[0], flight.step
+                if self._pace is not None:
+                    self._pace.saved(
+                        pause_seconds=flight.pause_seconds, save_seconds=flight.seconds
+                    )
             case None | AbandonedError():
                 pass
             case DifferentStatesError() if flight is not None:
@@ -438,10 +463,23 @@ class Saves:
     def _copy(self, state: TrainState, reason: str) -> Copy:
         """Copy the state: into the memory made for it, unless a save that hangs still uses that."""
         free = None if self._saver.busy else self._staging
-        copy = Copy.of(state, free, reason=reason, epochs_done=self._plan.epochs_done)
+        copy = Copy.of(
+            state,
+            free,
+            reason=reason,
+            epochs_done=self._plan.epochs_done,
+            interval=self._pace.interval if self._pace is not None else None,
+        )
         if not self._saver.busy:
             self._staging = copy.staging
         return copy
+
+    def _fly(self, copy: Copy, flight: Flight) -> None:
+        began = time.monotonic()
+        self._save_copy(copy, flight)
+        flight.seconds = time.monotonic() - began
+        if self._pace is not None and not self._pace.is_read:
+            self._pace.read()
 
     def _save_copy(self, copy: Copy, watch: Watch) -> None:
         """Make a copy durable: on the thread, or on the one that cannot wait for it."""

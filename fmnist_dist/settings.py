@@ -9,14 +9,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
-from fmnist_dist.config import RUN, Config, Value, to_json
+from fmnist_dist.config import AUTO, RUN, Config, Value, to_json
 from fmnist_dist.errors import FmnistDistError, UsageError
 from fmnist_dist.rule import InvalidSettingError
 from fmnist_dist.usage import columns, did_you_mean, printable, run_app, shown
@@ -74,6 +74,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Launch:
         raise UsageError(_with_sources(error, sources)) from error
     if config is None:
         raise SystemExit(0)
+    if config.save_every_steps == AUTO and "save_every_seconds" not in sources:
+        # A default of 60 seconds would overrule most intervals that are chosen.
+        config = replace(config, save_every_seconds=None)
     values = to_json(config)
     sources.pop(_CONFIG, None)
     return Launch(config=config, explicit={name: values[name] for name in sources}, sources=sources)

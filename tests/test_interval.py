@@ -325,5 +325,7 @@ def test_the_interval_that_was_in_force_is_found_again() -> None:
     diary.saves(120, interval=chosen(1.0))
     diary.saves(180, interval=chosen(2.0))
     diary.saves(190, reason="survivor")
+    unmeasured = choose(cost=None, evidence=RARE, step_seconds=0.0)
+    diary.saves(195, reason="drain", interval=unmeasured)
     assert last_interval(diary.log, diary.log.read().head) == chosen(2.0)
     assert chosen(2.0).cost == cost(2.0, 0.0)

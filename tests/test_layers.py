@@ -25,7 +25,7 @@ LAYERS = (
     {"flight", "pace"},
     {"checkpoint", "data", "distributed", "handover", "models", "staging", "telemetry"},
     {"agreement", "state"},
-    {"plan", "digest", "filenames", "interval", "tensorfile"},
+    {"plan", "digest", "filenames", "interval", "steptimes", "tensorfile"},
     {"settings"},
     {"config"},
     {"rule"},
@@ -41,7 +41,7 @@ WITHOUT_TORCH += ["distributed.comparison", "distributed.interface", "saver"]
 WITHOUT_TORCH += ["distributed.transfer", "faults", "keeper.deaths", "keeper.watchdog", "limits"]
 WITHOUT_TORCH += [f"handover.{path.stem}" for path in (PACKAGE / "handover").glob("[a-z]*.py")]
 WITHOUT_TORCH += ["distributed.tree", "errors", "filenames", "interval", "keys", "pace", "plan"]
-WITHOUT_TORCH += ["rule", "runs", "settings", "usage", "evaluate", "train"]
+WITHOUT_TORCH += ["rule", "runs", "settings", "steptimes", "usage", "evaluate", "train"]
 WITHOUT_TORCH += [f"checkpoint.{path.stem}" for path in (PACKAGE / "checkpoint").glob("[a-z]*.py")]
 
 

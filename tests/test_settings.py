@@ -142,6 +142,37 @@ def test_none_switches_an_optional_setting_off_in_every_source(tmp_path: Path) -
         assert launch.config.save_every_seconds is None
 
 
+def test_the_interval_between_saves_may_be_left_to_the_program(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'save-every-steps = "auto"')
+    for launch in (
+        load(["--save-every-steps", "auto"], {}),
+        load([], {"FMNIST_DIST_SAVE_EVERY_STEPS": "auto"}),
+        load(["--config", str(path)], {}),
+    ):
+        assert launch.explicit == {"save_every_steps": "auto"}
+        assert launch.config.save_every_steps == "auto"
+        assert launch.config.save_every_seconds is None  # or it would overrule what is chosen
+        assert tomllib.loads(describe(launch))["save_every_seconds"] == "none"
+
+
+def test_seconds_that_somebody_writes_hold_beside_an_interval_that_is_chosen() -> None:
+    launch = load(["--save-every-steps=auto"], {"FMNIST_DIST_SAVE_EVERY_SECONDS": "60"})
+    assert launch.config.save_every_seconds == 60.0
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "-3", "fast"])
+def test_what_is_neither_a_number_of_steps_nor_auto_is_refused(value: str) -> None:
+    assert refused("--save-every-steps", value) == (
+        f"flag --save-every-steps: found {value if value.strip('-').isdigit() else repr(value)}, "
+        "expected a whole number above 0, auto or none"
+    )
+
+
+def test_a_word_that_is_nearly_right_is_named() -> None:
+    assert refused("--save-every-steps=auot").endswith("auto or none; did you mean auto?")
+    assert "did you mean" not in refused("--seed=auto")
+
+
 def test_a_switch_has_a_negative_form_and_nothing_else_has() -> None:
     assert load(["--no-single-writer"], {"FMNIST_DIST_SINGLE_WRITER": "1"}).explicit == {
         "single_writer": False

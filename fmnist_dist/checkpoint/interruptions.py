@@ -43,13 +43,13 @@ def read_evidence(log: RunLog, head: Head) -> Evidence:
 
 
 def last_interval(log: RunLog, head: Head) -> Interval | None:
-    """Return what the newest retained checkpoint that names an interval has recorded of it."""
+    """Return the interval of the newest retained checkpoint that was chosen from measured saves."""
     for retained in reversed(head.checkpoints):
         try:
             found = lineage.commit(log, retained.index).checkpoint.interval
         except DamagedRecordError:
             continue
-        if found is not None:
+        if found is not None and found.cost is not None:
             return found
     return None
 
