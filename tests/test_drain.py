@@ -90,6 +90,8 @@ def test_every_signal_at_any_time_stops_a_launch_and_the_next_one_goes_on(tmp_pa
         wait_for(lambda: not is_pending(job.process.pid, signal.SIGINT), "the first SIGINT")
         os.kill(job.process.pid, signal.SIGINT)
         assert job.process.wait(60) == INTERRUPTED, job.text()
+        assert "SIGINT: saving, then stopping; a second one stops at once" in job.text()
+        assert job.text().count("interrupted: steps since the newest checkpoint are lost") == 1
     assert_nothing_was_lost(run)
     assert len(show(run)["attempts"]) == 5
 
@@ -119,6 +121,7 @@ def test_a_drain_does_not_need_the_main_thread_nor_the_trainer(tmp_path: Path) -
         job.await_text("fault: hang at data")
         began = time.monotonic()
         os.kill(job.process.pid, signal.SIGTERM)
+        job.await_text("SIGTERM: saving, then stopping  limit_seconds=4")  # told at once
         job.await_text("others do not answer")  # the lookout's words: it is durable
         assert time.monotonic() - began < 4
         ended_drained(job, began)

@@ -220,8 +220,16 @@ class Keeper:
             self.board.drain_deadline = time.monotonic() + self._config.drain_seconds
             self.board.draining = True
             os.kill(trainer, signal.SIGTERM)
+            self._say_heard(signal.Signals(number))
         if self._interrupts > 1:
             self._kill(trainer, "interrupted twice")
+
+    def _say_heard(self, number: signal.Signals) -> None:
+        """Answer at once: the step at hand may be long, and a worker that is stuck says nothing."""
+        again = "; a second one stops at once" if number == signal.SIGINT else ""
+        _events.info(
+            f"{number.name}: saving, then stopping{again}", limit_seconds=self._config.drain_seconds
+        )
 
     def _kill_at(self) -> float:
         """Return when a drain ends: what is left then is for saving in the trainer's place."""
@@ -314,6 +322,9 @@ class Keeper:
         if self.board.finished:
             return ExitCode.FINISHED
         if self._interrupts > 1:
+            if self._rank == 0:
+                said = "interrupted: steps since the newest checkpoint are lost"
+                _events.error(said, exit_code=INTERRUPTED)
             return INTERRUPTED
         if self.board.draining:
             left = max(limits.KILL_SECONDS, self.board.drain_deadline - time.monotonic())
