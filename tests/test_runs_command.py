@@ -251,7 +251,7 @@ def test_the_page_holds_what_json_holds(tmp_path: Path, command: Command) -> Non
     code, out, err = command("show", root)
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
-    assert ["status", "running"] in lines
+    assert "\nstatus     not finished: running, or stopped on the way\n" in out
     assert ["step", "4"] in lines
     assert ["train_loss", "0.25"] in lines
     assert ["from", "step", "4", "lr", "=", "0.1"] in lines

@@ -9,6 +9,7 @@ from fmnist_dist.interval import duration
 from fmnist_dist.usage import shown
 
 _NOT_MEASURED = {"epoch", "samples"}  # of the newest metric row, and above already
+_UNFINISHED = "not finished: running, or stopped on the way"  # no log tells which
 _DIGITS = 12  # of a SHA-256: enough to tell checkpoints apart
 
 
@@ -17,7 +18,7 @@ def show_page(summary: Summary) -> str:
     same = "yes" if summary["same_bits"] else "no: an attempt ran on a machine with other kernels"
     facts = [
         ("run", path(summary["run"])),
-        ("status", summary["status"]),
+        ("status", _UNFINISHED if summary["status"] == "running" else summary["status"]),
         ("step", str(summary["step"])),
         ("epoch", number(summary["epoch"])),
         ("same bits", same),
