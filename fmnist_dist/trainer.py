@@ -297,6 +297,7 @@ class Trainer:
             )
         finally:
             step.close()
+        held.progress.close()  # its last line comes before the verdict
         if joined.is_main:
             metrics = held.state.metrics
             shown = {n: round(metrics[n], 4) for n in ("test_accuracy",) if n in metrics}
@@ -327,7 +328,11 @@ class Trainer:
         )
         if found is None:
             if joined.is_main:
-                _events.info("already finished", run=str(self._prepared.place))
+                _events.info(
+                    "already finished",
+                    run=str(self._prepared.place),
+                    to_train_on="raise --epochs or --max-steps",
+                )
             board.finished = True
             return None
         board.resumption = found.resumption.to_json()

@@ -125,12 +125,15 @@ def test_another_batch_size_at_an_epochs_boundary_is_an_override(run: SmallRun) 
 
 def test_the_same_command_on_a_finished_run_says_so_and_appends_nothing(run: SmallRun) -> None:
     for flags in (("--max-steps", "3"), ("--epochs", "1")):
-        assert run.launch(*flags).code == 0
+        first = run.launch(*flags)
+        assert first.code == 0
+        assert f" finished  run={run.root}" in first.lines[-1]  # the verdict is the last line
+        assert len(first.saying(" progress ")) == 1
         before = saved_bytes(run.root)
         ended = run.launch(*flags)
         assert ended.code == 0
         (line,) = ended.lines
-        assert f"already finished  run={run.root}" in line
+        assert f"already finished  run={run.root} to_train_on=" in line
         assert saved_bytes(run.root) == before
 
 

@@ -34,7 +34,7 @@ class Progress(Protocol):
         """A checkpoint of `step` is durable. May be called from any thread."""
 
     def close(self) -> None:
-        """Show the last state and give the terminal back; nothing may be called afterwards."""
+        """Show the last state and give the terminal back; afterwards only `close` may be called."""
 
 
 def is_terminal(stream: TextIO) -> bool:
