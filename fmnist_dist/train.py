@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import TextIO, cast
 
 from fmnist_dist import limits, settings
 from fmnist_dist.checkpoint.disk import disk_from
@@ -27,7 +28,9 @@ from fmnist_dist.handover.board import Board
 from fmnist_dist.settings import Launch
 from fmnist_dist.telemetry import events
 from fmnist_dist.telemetry.events import EventLog
+from fmnist_dist.telemetry.ownline import OwnLine
 from fmnist_dist.telemetry.phases import Phases
+from fmnist_dist.telemetry.progress import is_terminal
 
 _FINAL = {
     ExitCode.USAGE,
@@ -62,7 +65,10 @@ def _run() -> int:
         else:
             time.sleep(limits.SAY_SECONDS)
         return error.exit_code
-    events.configure(log_format=launch.config.log_format, rank=rank, stream=sys.stderr)
+    log_format = launch.config.log_format
+    has_bar = log_format == "text" and is_terminal(sys.stderr)
+    stream = cast("TextIO", OwnLine(sys.stderr)) if has_bar else sys.stderr
+    events.configure(log_format=log_format, rank=rank, stream=stream)
     # Before torch and NumPy are imported: threads must not cross the keeper's fork.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's, at its import; it has nothing to multiply

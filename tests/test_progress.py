@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 
 from fmnist_dist.telemetry.bar import BarProgress
-from fmnist_dist.telemetry.events import LogFormat, configure
+from fmnist_dist.telemetry.events import EventLog, LogFormat, configure
 from fmnist_dist.telemetry.extent import Extent
+from fmnist_dist.telemetry.ownline import OwnLine
 from fmnist_dist.telemetry.progress import LineProgress, NullProgress, make_progress
 
 EXTENT = Extent(first_step=100, total_steps=500, num_epochs=5)
@@ -148,6 +150,20 @@ def test_a_terminal_shows_a_bar_and_whole_log_lines_above_it() -> None:
         r"epoch 1/2 ━+╸?━+ 120/140 loss 0.4567 1650 images/s 0:00:20 saved 110", bar
     )
     assert (last[8:], after) == (" rich  is_imported=yes", "")
+
+
+def test_a_line_of_another_process_takes_the_place_of_a_bar_that_nobody_draws_any_more() -> None:
+    terminal = io.StringIO()
+    BarProgress(stream=terminal, extent=EXTENT, clock=lambda: 0.0)  # its process is killed
+    configure(log_format="text", rank=0, stream=cast("TextIO", OwnLine(terminal)))
+    EventLog("fmnist_dist.keeper").warning("worker lost")
+    EventLog("fmnist_dist.keeper").warning("and another line")
+    lost, another, after = rows_on_screen(terminal.getvalue())
+    assert (lost[8:], another[8:], after) == (
+        " warning: worker lost",
+        " warning: and another line",
+        "",
+    )
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
