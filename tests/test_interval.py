@@ -257,6 +257,15 @@ def test_a_drain_of_an_earlier_attempt_excuses_no_later_kill() -> None:
     assert diary.evidence() == Evidence(interruptions=1, seconds=100)
 
 
+def test_a_survivors_save_that_the_attempt_has_outlived_excuses_no_later_kill() -> None:
+    diary = Diary()
+    diary.starts(0)
+    diary.saves(50, reason="survivor")  # the others were late, and came
+    diary.saves(60)
+    diary.starts(200)
+    assert diary.evidence() == Evidence(interruptions=1, seconds=60)
+
+
 def test_a_run_that_finished_and_was_extended_was_not_interrupted() -> None:
     diary = Diary()
     diary.starts(0)

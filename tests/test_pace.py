@@ -129,6 +129,14 @@ def test_a_fresh_run_saves_soon_and_then_as_its_saves_cost() -> None:
     assert pace.interval.seconds == pytest.approx(340, rel=0.02)
 
 
+def test_one_slow_save_moves_the_interval_little() -> None:
+    pace = fresh()
+    saves(pace, *[1.0] * 10)
+    before = pace.interval.seconds
+    saves(pace, 3.0)
+    assert before < pace.interval.seconds < 1.3 * before
+
+
 def test_only_a_change_that_matters_is_told_again(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     pace = fresh()
