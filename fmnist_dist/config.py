@@ -16,9 +16,9 @@ from cyclopts import Group
 from fmnist_dist.errors import IncompatibleError
 from fmnist_dist.rule import (
     FRACTION,
-    LOCAL,
     NOT_NEGATIVE,
     POSITIVE,
+    URL,
     InvalidSettingError,
     Rule,
     flag,
@@ -55,7 +55,9 @@ class Config:
     An optional setting is off when it is None, spelled `none` in flags, environment and TOML.
     """
 
-    run_dir: Annotated[str, LOCAL, _run("path; a run found there goes on", "URL")] = "runs/default"
+    run_dir: Annotated[
+        str, URL, _run("path or any fsspec URL; a run found there goes on", "URL")
+    ] = "runs/default"
     max_steps: Annotated[int | None, POSITIVE, _run("stop here; schedule unchanged", "STEP")] = None
     seed: Annotated[int, NOT_NEGATIVE, _run("of all random choices", "N")] = 0
     log_format: Annotated[LogFormat, _run("log lines", "FORMAT")] = "text"

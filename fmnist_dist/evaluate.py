@@ -39,7 +39,7 @@ def make_app() -> App:
 
 
 def evaluate(
-    run: Annotated[str, Parameter(help="path or file:// URL of the run's folder")],
+    run: Annotated[str, Parameter(help="path or URL of the run's folder")],
     /,
     *,
     checkpoint: Annotated[int | None, Parameter(help="of this step", metavar="STEP")] = None,

@@ -12,18 +12,20 @@ from fmnist_dist.checkpoint import lineage
 from fmnist_dist.checkpoint.disk import Disk
 from fmnist_dist.checkpoint.failure import ATTEMPTS, note_failure, repeated_failure
 from fmnist_dist.checkpoint.head import Head
-from fmnist_dist.checkpoint.hint import read_hints
+from fmnist_dist.checkpoint.hint import forget, read_hints
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
+from fmnist_dist.checkpoint.probe import probe
 from fmnist_dist.checkpoint.record import DamagedRecordError
 from fmnist_dist.checkpoint.restore import Restored
-from fmnist_dist.checkpoint.storage import Storage
+from fmnist_dist.checkpoint.storage import RefusedError, Storage
 from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.distributed.fingerprint import fingerprint
 from fmnist_dist.distributed.share import broadcast, pack, unpack
 from fmnist_dist.distributed.world import World
 from fmnist_dist.errors import (
+    ExitCode,
     FmnistDistError,
     IncompatibleError,
     NoProgressError,
@@ -50,9 +52,15 @@ class Run:
 
 
 def open_place(url: str) -> Place:
-    """Return where the run that `url` names is, or can be. Raises `IncompatibleError`."""
+    """Return where the run that `url` names is, or can be, with what its storage needs loaded.
+
+    Makes no connection and no thread: a keeper calls it. Raises `IncompatibleError`, `UsageError`.
+    """
     place = Place.of(url)
     folder = place.folder
+    if folder is None:
+        place.preload()
+        return place
     existing = next(each for each in (folder, *folder.parents) if _exists(each))
     if not existing.is_dir():
         raise IncompatibleError(
@@ -113,7 +121,35 @@ def open_run(
 
     Where some rank holds the state already, `known` is what rank 0 told then: the attempt goes on,
     and no file is read. `suspect` is the record of a checkpoint that must not be chosen.
+    A storage that refuses this user is one that does not fit: nothing of this launch would ever be
+    saved there. (Once training goes on it is one that is away.)
     """
+    try:
+        return _open_run(
+            launch,
+            joined,
+            place,
+            disk=disk,
+            agents=agents,
+            num_samples=num_samples,
+            known=known,
+            suspect=suspect,
+        )
+    except RefusedError as error:
+        raise IncompatibleError(f"--run-dir {place}: {error}") from error
+
+
+def _open_run(
+    launch: Launch,
+    joined: World,
+    place: Place,
+    *,
+    disk: Disk,
+    agents: Sequence[str],
+    num_samples: int,
+    known: str | None,
+    suspect: int | None,
+) -> Run | None:
     if not joined.is_main:
         log = RunLog(place.storage())
         text = joined.hear("resumption")
@@ -146,7 +182,9 @@ def open_run(
             suspect=suspect,
         )
     except FmnistDistError as error:
-        joined.tell("resumption", f"failed {int(error.exit_code)}")
+        final = isinstance(error, RefusedError)
+        code = ExitCode.INCOMPATIBLE if final else error.exit_code
+        joined.tell("resumption", f"failed {int(code)}")
         joined.await_heard("resumption")
         raise
     if taken is None:
@@ -201,11 +239,15 @@ def _take_over(
     num_samples: int,
     suspect: int | None,
 ) -> tuple[RunWriter, Resumption, Restored | None] | None:
+    if place.folder is None:
+        probe(storage, shown=str(place))
     head = log.read().head
     terms = read_terms(log, head, launch, num_samples=num_samples)
     if terms.done:
         return None
     owner = owner_of(log, head, agents)
+    if place.folder is None and head.index < 0:
+        forget(place.notes)  # of another run that was there, under this name
     _refuse_repetition(log, head, place, owner=owner)
 
     def lost_steps(attempt: int, step: int) -> int | None:

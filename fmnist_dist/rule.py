@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,11 @@ from fmnist_dist.usage import did_you_mean, shown
 
 _INTEGERS_END = 2**63  # what fits into TOML's integers, every reader's of the log, and NumPy's
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+# Without password, query or fragment: a URL is shown and recorded. (Azure's container@account.)
+_PLAIN_URL = re.compile(
+    r"(?:file|local)://.+|[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@:]+@)?(?:[^/?#@:]+(?::\d+)?)?(?:/[^?#@]*)?(?<!//)",
+    re.DOTALL,
+)
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -41,9 +47,10 @@ class Limit:
 POSITIVE = Limit(expected=" above 0", holds=lambda value: value > 0)
 NOT_NEGATIVE = Limit(expected=" of at least 0", holds=lambda value: value >= 0)
 FRACTION = Limit(expected=" of at least 0 and below 1", holds=lambda value: 0 <= value < 1)
-LOCAL = Limit(
-    expected=" on a local disk or a file:// URL; object storage is not in this version",
-    holds=lambda value: "://" not in value.removeprefix("file://") and value != "file://",
+URL = Limit(
+    expected=" or a URL as in s3://bucket/folder; keys and other parameters come from the "
+    "environment or the provider's files (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...)",
+    holds=lambda value: "://" not in value or _PLAIN_URL.fullmatch(value) is not None,
 )
 
 

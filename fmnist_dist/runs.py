@@ -21,7 +21,7 @@ from fmnist_dist.inspection.page import path, show_page
 from fmnist_dist.inspection.summary import summarise
 from fmnist_dist.usage import columns
 
-Run = Annotated[str, Parameter(help="path or file:// URL of the run's folder")]
+Run = Annotated[str, Parameter(help="path or URL of the run's folder")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="for machines")]
 
 

@@ -23,6 +23,7 @@ from cyclopts import (
 )
 
 from fmnist_dist.errors import UsageError
+from fmnist_dist.masking import masked_url
 
 if TYPE_CHECKING:  # 15 ms at every start, for pages that are rarely printed
     from cyclopts.help import HelpEntry, HelpPanel
@@ -64,6 +65,7 @@ def shown(value: object) -> str:
 
 def printable(text: str) -> str:
     """Return what a user wrote so that it stays on one line and in any encoding."""
+    text = masked_url(text)
     short = text if len(text) <= _FOUND_WIDTH else f"{text[: _FOUND_WIDTH - 3]}..."
     return short if short.isprintable() else repr(short)[1:-1]
 

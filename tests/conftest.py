@@ -1,6 +1,7 @@
 """Runs that several test files look at; trained once."""
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,31 @@ from pathlib import Path
 
 import pytest
 from jobs import ROOT
+from seaweed import BUCKET, Seaweed
 
 TRAIN_SECONDS = 240
 TMPFS_BYTES = 256 * 1024
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """Return a running S3 server, one for all tests; each makes a prefix of its own."""
+    server = Seaweed(tmp_path_factory.mktemp("seaweed"))
+    server.start()
+    try:
+        server.bucket(BUCKET)
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def s3_url(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Return the URL of a run that nobody has begun, with the environment to reach it."""
+    for name, value in seaweed.environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return f"s3://{BUCKET}/{secrets.token_hex(8)}/run"
 
 
 @pytest.fixture(scope="session")

@@ -127,11 +127,43 @@ def test_a_batch_that_the_shards_do_not_divide_is_refused() -> None:
     assert Config(batch_size=500, logical_shards=4).batch_size == 500
 
 
+@pytest.mark.parametrize("url", ["file://", "s3://", "", "a\nb", "\udcff", "s3:///run?v=1", "://x"])
+def test_what_can_name_no_run_is_refused(url: str) -> None:
+    assert "expected a path or a URL as in s3://bucket/folder" in refused(run_dir=url)
+
+
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/run", "gs://b", "memory://x", "file://", "", "a\nb", "\udcff"]
+    "url",
+    [
+        "s3://bucket",
+        "s3://bucket/run",
+        "gs://b/a/b",
+        "memory://x",
+        "file:///tmp/a?b",
+        "abfs://container@account.dfs.core.windows.net/run",
+        "sftp://host:22/run",
+        "of/a:b@c?d",
+    ],
 )
-def test_a_run_that_is_not_on_a_local_disk_is_refused(url: str) -> None:
-    assert "object storage is not in this version" in refused(run_dir=url)
+def test_a_run_may_be_on_any_storage(url: str) -> None:
+    assert Config(run_dir=url).run_dir == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://KEYPLANTED:SECRETPLANTED@bucket/run",
+        "s3://KEYPLANTED:SECRET/PLANTED@bucket/run",
+        "s3://KEYPLANTED:SECRETPLANTED/bucket/run",
+        "s3://bucket/run?secret=SECRETPLANTED",
+        "s3://KEYPLANTED:SECRETPLANTED@bucket/run?x=SECRETPLANTED#SECRETPLANTED",
+        "https://user:SECRETPLANTED@host:80/run",
+    ],
+)
+def test_credentials_in_a_url_are_refused_and_not_shown(url: str) -> None:
+    said = refused(run_dir=url)
+    assert "AWS_ACCESS_KEY_ID" in said  # where they belong
+    assert "PLANTED" not in said
 
 
 def test_whole_numbers_for_fractional_settings_become_floats() -> None:

@@ -18,6 +18,10 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/checkpoint/interruptions.py::_newest_records": (1, "readers of the run list it"),
     "fmnist_dist/checkpoint/lineage.py::_intact": (1, "None is the answer, and what callers ask"),
     "fmnist_dist/checkpoint/local.py::LocalStorage.list": (1, "a folder not made yet is empty"),
+    "fmnist_dist/checkpoint/hint.py::read_hints": (1, "none are known: hints are no truth"),
+    "fmnist_dist/checkpoint/objects.py::ObjectStorage.list": (1, "a folder not made yet is empty"),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket.read": (1, "an object of no bytes; else it raises"),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket._exists": (1, "the answer is no; else it raises"),
     "fmnist_dist/checkpoint/log.py::RunLog.is_intact": (1, "the answer is no"),
     "fmnist_dist/checkpoint/log.py::RunLog._is": (1, "damaged: it is not the own record"),
     "fmnist_dist/checkpoint/log.py::RunLog.read": (1, "listed as damaged, which `opening` logs"),
@@ -41,6 +45,14 @@ SILENT: dict[str, tuple[int, str]] = {
         2,
         "its own after a lost answer; else it raises",
     ),
+    "fmnist_dist/checkpoint/probe.py::_keeps_the_first": (3, "the answer: refused, or swept away"),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket.create": (1, "sent without the condition"),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket._upload": (1, "after a conflict sent again"),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket._upload_once": (
+        1,
+        "a sweep finds it; it raises on",
+    ),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket._unfinished": (1, "the bucket's rules end them"),
     "fmnist_dist/checkpoint/folder.py::give_back": (1, "no record names it: a sweep finds it"),
     "fmnist_dist/checkpoint/log.py::RunLog.append": (1, "its own record, or the next index"),
     "fmnist_dist/checkpoint/restore.py::read_newest": (1, "damage, or retired: read head again"),
@@ -59,6 +71,11 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/trainer.py::Trainer._secure": (1, "all may save: the log admits one"),
     "fmnist_dist/trainer.py::Trainer._join.has_failed": (1, "failed; the main thread finds why"),
     # The work is done already, by whomever.
+    "fmnist_dist/checkpoint/hint.py::forget": (1, "the next hint fails likewise, and tells"),
+    "fmnist_dist/checkpoint/objects.py::ObjectStorage.delete": (1, "gone already"),
+    "fmnist_dist/checkpoint/objects.py::ObjectStorage.delete_folder": (1, "gone already"),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket.delete": (1, "gone already; else it raises"),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket._abort": (1, "gone already; else it raises"),
     "fmnist_dist/checkpoint/local.py::LocalStorage.create": (1, "no leftover there to remove"),
     "fmnist_dist/checkpoint/local.py::LocalStorage._create": (1, "no temporary file to remove"),
     "fmnist_dist/checkpoint/local.py::LocalStorage.delete": (1, "gone already"),
@@ -104,6 +121,7 @@ ENTRIES = {
     "fmnist_dist/keeper/fork.py::fork": "a forked process: traceback printed, exit code 1",
     "fmnist_dist/distributed/reduce.py::GradientTree._scatter.finish": "a thread: the step raises",
     "fmnist_dist/saver.py::Saver._run": "a thread: raised at the next step, or told at the end",
+    "fmnist_dist/checkpoint/objects.py::ObjectStorage._do": "packages raise what they like: told",
 }
 
 _LOGS = ("_events.", "_log.", "print", "sys.stderr.write", "traceback.print_exc", "self._warn")

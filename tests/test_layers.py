@@ -30,7 +30,7 @@ LAYERS = (
     {"config"},
     {"rule"},
     {"usage"},
-    {"errors", "faults", "keys", "limits", "saver"},
+    {"errors", "faults", "keys", "limits", "masking", "saver"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -14,6 +14,7 @@ from memory_storage import MemoryStorage
 
 from fmnist_dist.checkpoint.disk import Disk, FaultyDisk, disk_from
 from fmnist_dist.checkpoint.local import LocalStorage
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.storage import (
     TEMPORARY_FOLDER,
     AlreadyExistsError,
@@ -68,20 +69,35 @@ def single_writer(root: Path) -> Storage:
     return LocalStorage(root, single_writer=True, disk=WithoutLinks())
 
 
-KINDS: list[Make] = [LocalStorage, single_writer, lambda _: MemoryStorage()]
+KINDS = ("local", "single-writer", "model", "memory", "s3", "s3-single-writer")
 
 
-@pytest.fixture(params=KINDS, ids=["local", "single-writer", "memory"])
+@pytest.fixture(params=KINDS)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    make: Make = request.param
-    return make(tmp_path / "runs" / "run")
+    folder = tmp_path / "runs" / "run"
+    match request.param:
+        case "local":
+            return LocalStorage(folder)
+        case "single-writer":
+            return single_writer(folder)
+        case "model":
+            return MemoryStorage()
+        case "memory":
+            return Place.of(f"memory://{folder}").storage()
+        case _:
+            url = request.getfixturevalue("s3_url")
+            return Place.of(url).storage(single_writer="single" in request.param)
 
 
 class TestContract:
     """The five verbs, for every storage."""
 
-    @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 1000])
-    def test_an_object_reads_back_as_it_was_created(self, storage: Storage, data: bytes) -> None:
+    @pytest.mark.parametrize(
+        "data", [b"", b"x", bytes(range(256)) * 1000, memoryview(b"view"), b"part" * 10**7]
+    )
+    def test_an_object_reads_back_as_it_was_created(
+        self, storage: Storage, data: bytes | memoryview
+    ) -> None:
         storage.create("a/b/name.json", data)
         assert storage.read("a/b/name.json") == data
 

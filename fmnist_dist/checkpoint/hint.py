@@ -1,10 +1,11 @@
 """How far an attempt got, as a hint for people: not part of the truth, and lost without harm.
 
-On local storage rank 0 writes its step into a small mapped file as it goes. The page cache keeps
+Rank 0 writes its step into a small mapped file as it goes. The page cache keeps
 it through SIGKILL, so the next attempt can say how many steps were lost; after a power cut nobody
 can know.
 """
 
+import contextlib
 import mmap
 import os
 import re
@@ -46,10 +47,22 @@ class ProgressHint:
         self._map.close()
 
 
+def forget(notes: Path) -> None:
+    """Remove what earlier attempts have left, failures too: they were of another run."""
+    # Whoever fails here fails at the next hint, which is told.
+    with contextlib.suppress(OSError):
+        for path in notes.iterdir() if notes.is_dir() else ():
+            path.unlink()
+
+
 def read_hints(notes: Path) -> dict[int, Reached]:
     """Return what each attempt is known to have reached, by its number."""
     hints: dict[int, Reached] = {}
-    for path in notes.iterdir() if notes.is_dir() else ():
+    try:
+        paths = list(notes.iterdir())
+    except OSError:  # none yet, or somebody else's home
+        return hints
+    for path in paths:
         data = path.read_bytes()
         if re.fullmatch(r"\d{6,}", path.name) and len(data) == _LAYOUT.size:
             first, last = _LAYOUT.unpack(data)

@@ -90,7 +90,7 @@ class LocalStorage:
         descriptor = self._disk.open_new(temporary)
         try:
             try:
-                rest = memoryview(data)
+                rest = memoryview(data).cast("B")
                 while rest:
                     rest = rest[self._disk.write(descriptor, rest) :]
                 self._disk.sync(descriptor)

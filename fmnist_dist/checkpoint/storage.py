@@ -16,6 +16,13 @@ class StorageError(TransientError):
     """The storage did not do what was asked: full, away, read-only. Trying again may help."""
 
 
+class RefusedError(StorageError):
+    """The storage refuses this user, or knows no such place: credentials, rights, bucket, clock.
+
+    At a run's opening that is final. Later it is a storage that is away: credentials are rotated.
+    """
+
+
 class AlreadyExistsError(Exception):
     """`create` found the path taken. The caller looks whose it is: it may be its own."""
 

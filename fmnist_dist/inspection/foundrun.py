@@ -10,10 +10,12 @@ from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.history import History, read_history
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
-from fmnist_dist.checkpoint.storage import Storage
+from fmnist_dist.checkpoint.storage import RefusedError, Storage
 from fmnist_dist.errors import IncompatibleError, UsageError
-from fmnist_dist.rule import LOCAL
+from fmnist_dist.rule import URL
+from fmnist_dist.usage import printable
 
+_LOG = "log"
 _RECORD = re.compile(r"\d{12}\.json")
 
 
@@ -31,15 +33,18 @@ class FoundRun:
 
 
 def find_run(url: str) -> FoundRun:
-    """Open the run at `url`, a path or a file:// URL; makes and changes nothing.
+    """Open the run at `url`, a path or any URL of fsspec; makes and changes nothing.
 
-    Raises `UsageError` where there is none, `IncompatibleError` for what cannot be a run's folder.
+    Raises `UsageError` where there is none, `IncompatibleError` for what cannot be a run's folder,
+    `StorageError` where its storage does not answer.
     """
-    if not url or not LOCAL.holds(url):
-        raise UsageError(f"run '{url}': found no path, expected a run{LOCAL.expected}")
+    if not url or not URL.holds(url):
+        raise UsageError(f"run '{printable(url)}': expected the path of a run{URL.expected}")
+    place = Place.of(url)
+    if place.folder is None:
+        return _find_object(place)
+    root = place.folder
     try:
-        place = Place.of(url)
-        root = place.folder
         if root.exists() and not root.is_dir():
             raise IncompatibleError(f"run {url}: is a file; expected the folder of a run")
         if not _holds_run(root):
@@ -48,13 +53,28 @@ def find_run(url: str) -> FoundRun:
         raise IncompatibleError(
             f"run {url}: cannot be read: {error.strerror}; expected the folder of a run"
         ) from error
+    return _open(place)
+
+
+def _open(place: Place) -> FoundRun:
     storage = place.storage()
     return FoundRun(place=place, storage=storage, log=RunLog(storage))
 
 
+def _find_object(place: Place) -> FoundRun:
+    run = _open(place)
+    try:
+        names = run.storage.list(_LOG)
+    except RefusedError as error:
+        raise IncompatibleError(f"run {place}: {error}") from error
+    if not any(map(_RECORD.fullmatch, names)):
+        raise UsageError(f"run {place}: there is no run; expected the --run-dir of a training")
+    return run
+
+
 def _holds_run(root: Path) -> bool:
     """Whether there is a run log; an empty one too, of a run that is just being made."""
-    log = root / "log"
+    log = root / _LOG
     if not log.is_dir():
         return False
     names = [path.name for path in log.iterdir()]
