@@ -23,7 +23,7 @@ def nodes(texts: Mapping[str, str]) -> Iterator[tuple[str, ast.AST]]:
 def _below(node: ast.AST, path: str, inside: str) -> Iterator[tuple[str, ast.AST]]:
     for child in ast.iter_child_nodes(node):
         yield path + inside, child
-        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
+        named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         name = f"{inside}.{child.name}".lstrip(".") if named else inside  # type: ignore[attr-defined]
         yield from _below(child, path, name)
 

@@ -19,6 +19,7 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     # Turns that cannot go on for ever.
     "fmnist_dist/loop.py::train": (1, "ends at the last step; the watchdog looks at each one"),
     "fmnist_dist/checkpoint/s3client.py::S3Client.attempt": (1, "its patience"),
+    "fmnist_dist/checkpoint/s3client.py::together": (1, "the group of tasks has ended"),
     "fmnist_dist/checkpoint/restore.py::read_newest": (1, "each turn leaves a checkpoint out"),
     "fmnist_dist/keeper/keep.py::Keeper.run": (1, "`deaths` gives up without progress"),
     "fmnist_dist/keeper/keep.py::Keeper._watch": (1, "the watchdog, then DEATH_SECONDS"),
@@ -39,7 +40,6 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     "fmnist_dist/distributed/reduce.py::GradientTree._scatter.finish": (1, "its group's limit"),
     "fmnist_dist/distributed/step.py::ShardedStep.__call__": (1, "its group's limit"),
     # Locks, each held for work that ends.
-    "fmnist_dist/checkpoint/objects.py::ObjectStorage.create": (1, "held while memory is written"),
     "fmnist_dist/lookout.py::Lookout.watching": (2, "held for one store call: ANSWER_SECONDS"),
     "fmnist_dist/lookout.py::Lookout._break_off": (1, "held while the two lines above assign"),
     "fmnist_dist/saves.py::Saves.writer": (1, "held for reads of the log: the storage's limits"),
