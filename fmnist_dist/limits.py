@@ -34,6 +34,7 @@ LOCAL_TIER_SECONDS = 60.0  # for one thing asked of the local tier's disk; then 
 SAVE_RETRY_SECONDS = 5.0  # after a save that failed; storage that is full stays so for a while
 SAY_SECONDS = 5.0  # rank 0 says what is wrong, before torchrun ends it because another rank ended
 STORAGE_SECONDS = 60.0  # one operation on object storage with all its tries, besides its bytes
+STORAGE_FIRST_SECONDS = 10.0  # to a store that this process has never reached: a wrong address?
 STORAGE_REQUEST_SECONDS = 15.0  # one request of it, likewise: another connection may be better
 STORAGE_CONNECT_SECONDS = 5.0
 STORAGE_SILENCE_SECONDS = 10.0  # of a connection on which an answer is due

@@ -19,6 +19,7 @@ _PARTS = 10_000
 _WHOLE_BYTES = 32 * 2**20  # up to here one put
 _AT_ONCE = 4  # requests of one operation: more is not faster, and copies more at a time
 _CHUNK_BYTES = 2**18
+_AT_A_STRETCH_BYTES = 2**20  # sent without a look at other requests
 _UPLOAD_TRIES = 3  # of a whole upload that another one had got in the way of
 _IF_ABSENT = {"IfNoneMatch": "*"}
 
@@ -131,11 +132,12 @@ class Bucket:
         self, method: str, arguments: Mapping[str, Any], data: memoryview, patience: Patience
     ) -> dict[str, Any]:
         """Send bytes; the one copy of them lasts as long as they are under way."""
-        return await self._client.attempt(
-            lambda: self._client.request(method, {**arguments, "Body": io.BytesIO(data)}),
-            patience,
-            size=len(data),
-        )
+
+        def send() -> Awaitable[dict[str, Any]]:
+            body = bytes(data) if len(data) <= _AT_A_STRETCH_BYTES else io.BytesIO(data)
+            return self._client.request(method, {**arguments, "Body": body})
+
+        return await self._client.attempt(send, patience, size=len(data))
 
     async def _upload(
         self, key: str, data: memoryview, patience: Patience, condition: Mapping[str, str]

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from aiobotocore.session import AioSession
 from aiohttp import ClientError as ConnectionFailure
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import get_loop, sync
 from s3fs import S3FileSystem
@@ -63,6 +63,9 @@ class Patience:
         """Allow for bytes that nobody knew of."""
         self.deadline += _seconds_of(size)
 
+    def shorten(self, deadline: float) -> None:
+        self.deadline = min(self.deadline, deadline)
+
     @property
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -74,6 +77,7 @@ class S3Client:
     def __init__(self) -> None:
         self._files: S3FileSystem | None = None
         self._session = _preloaded[0] if _preloaded else None
+        self._is_answered = False  # by anybody, ever
 
     def run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return what an operation does, on fsspec's thread. Raises `S3Failure`.
@@ -109,9 +113,12 @@ class S3Client:
             seconds = min(patience.left, limits.STORAGE_REQUEST_SECONDS + _seconds_of(size))
             try:
                 async with asyncio.timeout(seconds):
-                    return await request()
+                    answer = await request()
             except _FAILURES as error:
                 meaning = Meaning.of(error)
+                self._is_answered |= not isinstance(error, EndpointConnectionError)
+                if not self._is_answered:
+                    patience.shorten(began + limits.STORAGE_FIRST_SECONDS)
                 if is_of_credentials(error):
                     self._forget()
                 longest = limits.STORAGE_PAUSE_SECONDS * 2**tries
@@ -120,6 +127,9 @@ class S3Client:
                     text = line(error, endpoint=_endpoint())
                     tried = f" ({tries} tries in {time.monotonic() - began:.0f} s)"
                     raise S3Failure(meaning, text + tried * (tries > 1)) from error
+            else:
+                self._is_answered = True
+                return answer
             await asyncio.sleep(pause)
 
     async def request(self, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
