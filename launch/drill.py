@@ -20,14 +20,12 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from fmnist_dist.checkpoint.hint import read_hints
-from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
-from fmnist_dist.errors import ExitCode, UsageError
+from fmnist_dist.errors import ExitCode, FmnistDistError, UsageError
 from fmnist_dist.usage import columns, run_app
 from launch.launched import LIMIT_SECONDS, HangError, Launched, kill, reached, state
 
-_USAGE = 64
 _FENCED = f"exit_code={int(ExitCode.FENCED)}"
 
 # What happens, and how often.
@@ -76,9 +74,11 @@ class Struck:
 class Drill:
     """The disturbed training."""
 
-    def __init__(self, folder: Path, flags: list[str], *, seed: int, worlds: list[int]) -> None:
-        self.run = folder / "disturbed"
-        self.log = folder / "disturbed.log"
+    def __init__(
+        self, run: Place, flags: list[str], *, log: Path, seed: int, worlds: list[int]
+    ) -> None:
+        self.run = run
+        self.log = log
         self._flags = flags
         self._worlds = worlds
         self._draw = random.Random(seed)
@@ -159,13 +159,13 @@ class Drill:
         return [self._draw.choice(found)]
 
 
-def _has_passed(run: Path, attempt: int, step: int) -> bool:
+def _has_passed(run: Place, attempt: int, step: int) -> bool:
     now = reached(run)
     return now[0] > attempt or now[1] >= step
 
 
-def _advanced(run: Path) -> bool:
-    hints = read_hints(Place.of(str(run)).notes)
+def _advanced(run: Place) -> bool:
+    hints = read_hints(run.notes)
     newest = hints[max(hints)]
     return newest.last_step > newest.first_step
 
@@ -178,6 +178,7 @@ def drill(
     batch_size: Annotated[int, Parameter(help="small, so that steps are quick")] = 64,
     workers: Annotated[str, Parameter(help="world sizes to move between")] = "1,2,3,4",
     keep: Annotated[Path | None, Parameter(help="folder for runs and logs")] = None,
+    run_dir: Annotated[str | None, Parameter(help="URL of a new folder for the runs")] = None,
 ) -> int:
     """Disturb a training, and say whether anything was lost."""
     worlds = _worlds(workers)
@@ -186,17 +187,19 @@ def drill(
             raise UsageError(f"flag --{name}: found {value}, expected a whole number above 0")
     folder = keep or Path(tempfile.mkdtemp(prefix="drill-"))
     folder.mkdir(parents=True, exist_ok=True)
+    calm_run, run = (_run_in(run_dir or str(folder), name) for name in ("calm", "disturbed"))
     common = [f"--batch-size={batch_size}", f"--max-steps={steps}", "--save-every-seconds=10"]
     common += ["--eval-every-epochs=99", "--step-timeout=10", "--device=cpu"]
     print(f"undisturbed: {steps} steps of {batch_size} images, 2 workers", flush=True)
-    calm = Launched(folder / "calm", common, workers=2, log=folder / "calm.log")
+    calm = Launched(calm_run, common, workers=2, log=folder / "calm.log")
     struck: list[Struck] = []
     subject: Drill | None = None
     problems: list[str] = []
     try:
         calm.await_end("the undisturbed training")
         print(f"disturbed: {faults} faults, schedule of seed {seed}", flush=True)
-        subject = Drill(folder, common, seed=seed, worlds=worlds)
+        log = folder / "disturbed.log"
+        subject = Drill(run, common, log=log, seed=seed, worlds=worlds)
         while len(struck) < faults:
             hit = subject.strike()
             if hit is None:
@@ -210,8 +213,8 @@ def drill(
         calm.end()
         if subject is not None:
             subject.job.end()
-    problems += judge(folder, struck, faults=faults)
-    _tell(struck, problems, show(folder / "disturbed"))
+    problems += judge(calm_run, run, struck, faults=faults)
+    _tell(struck, problems, show(run))
     if keep is None and not problems:
         shutil.rmtree(folder)
     else:
@@ -229,16 +232,16 @@ def _finish(subject: Drill) -> None:
         subject.job = subject._launch()  # noqa: SLF001 - one piece with `Drill`
 
 
-def judge(folder: Path, struck: list[Struck], *, faults: int) -> list[str]:
+def judge(calm: Place, disturbed: Place, struck: list[Struck], *, faults: int) -> list[str]:
     """Return what is wrong with the evidence; nothing: it cannot be killed."""
     problems = []
     if len(struck) < faults:
         problems.append(f"{len(struck)} of {faults} faults happened: train for more --steps")
-    calm, disturbed = folder / "calm", folder / "disturbed"
     stories = {run: show(run) for run in (calm, disturbed)}
     for run, story in stories.items():
         if story["status"] != "finished":
-            problems.append(f"the {run.name} run is {story['status']}, not finished")
+            name = str(run).rpartition("/")[2]
+            problems.append(f"the {name} run is {story['status']}, not finished")
     if problems:
         return problems
     if bits(calm) != bits(disturbed):
@@ -273,19 +276,19 @@ def _tell(struck: list[Struck], problems: list[str], story: dict[str, Any]) -> N
     print("FAIL" if problems else "PASS: same bits, every sample once, nothing hung")
 
 
-def bits(run: Path) -> dict[str, str]:
+def bits(run: Place) -> dict[str, str]:
     """Return the SHA-256 of every file of the newest checkpoint but its metric rows."""
-    log = RunLog(LocalStorage(run))
+    log = RunLog(run.storage())
     body: Any = log.record(log.read().head.checkpoints[-1].index).body
     return {name: file.sha256 for name, file in body.files.items() if name != "metrics.jsonl"}
 
 
-def show(run: Path) -> dict[str, Any]:
+def show(run: Place) -> dict[str, Any]:
     found = _runs("show", run, "--json")
     return json.loads(found.stdout) if found.returncode == 0 else {"status": "not there"}
 
 
-def _runs(command: str, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def _runs(command: str, run: Place, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fmnist_dist.runs", command, str(run), *flags],
         capture_output=True,
@@ -293,6 +296,14 @@ def _runs(command: str, run: Path, *flags: str) -> subprocess.CompletedProcess[s
         timeout=LIMIT_SECONDS,
         check=False,
     )
+
+
+def _run_in(folder: str, name: str) -> Place:
+    """Return where one of the two runs is to be. Raises `UsageError` where there is one already."""
+    run = Place.of(f"{folder.rstrip('/')}/{name}")
+    if run.storage().list("log"):
+        raise UsageError(f"there is a run at {run}: take a new folder")
+    return run
 
 
 def _worlds(text: str) -> list[int]:
@@ -317,9 +328,9 @@ def main() -> int:
     app["--help"].help = "print this page"
     try:
         return int(run_app(app, sys.argv[1:]) or 0)
-    except UsageError as error:
+    except FmnistDistError as error:
         print(f"launch.drill: {error}", file=sys.stderr)
-        return _USAGE
+        return int(error.exit_code)
 
 
 if __name__ == "__main__":

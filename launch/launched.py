@@ -1,4 +1,4 @@
-"""A launch of the training as a user would type it, watched from outside through its run folder."""
+"""A launch of the training as a user would type it, watched from outside by its run's hints."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ class HangError(Exception):
 class Launched:
     """One `torchrun` with its keepers and trainers."""
 
-    def __init__(self, run: Path, flags: list[str], *, workers: int, log: Path) -> None:
+    def __init__(self, run: Place, flags: list[str], *, workers: int, log: Path) -> None:
         self.run = run
         self.workers = workers
         self.log = log
@@ -81,9 +81,9 @@ class Launched:
             self.agent.wait(LIMIT_SECONDS)
 
 
-def reached(run: Path) -> tuple[int, int]:
+def reached(run: Place) -> tuple[int, int]:
     """Return the newest attempt that has trained, and its last finished step."""
-    hints = read_hints(Place.of(str(run)).notes)
+    hints = read_hints(run.notes)
     return (max(hints), hints[max(hints)].last_step) if hints else (0, -1)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from jobs import ROOT
 
+from fmnist_dist.checkpoint.place import Place
 from launch import drill
 
+CALM, DISTURBED = Place.of("/of/calm"), Place.of("/of/disturbed")
 STRUCK = drill.Struck(what="kill a trainer", at_step=3, workers=2, level="healed", seconds=0.1)
 
 
@@ -73,16 +75,16 @@ def story(**changed: Any) -> dict[str, Any]:
     ids=["too few", "unfinished", "bits", "ledger", "lost", "healed but lost", "nothing"],
 )
 def test_the_verdict_fails_on_bad_evidence_and_on_nothing_else(
-    bad: dict[str, Any], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bad: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bits(run: Path) -> dict[str, str]:
-        return {"model": bad.get("bits", "same") if run.name == "disturbed" else "same"}
+    def bits(run: Place) -> dict[str, str]:
+        return {"model": bad.get("bits", "same") if run == DISTURBED else "same"}
 
     proof = subprocess.CompletedProcess([], bad.get("ledger", 0), "broken", "")
     monkeypatch.setattr(drill, "bits", bits)
     monkeypatch.setattr(drill, "_runs", lambda *_: proof)
     monkeypatch.setattr(
-        drill, "show", lambda run: bad.get("story", story()) if run.name == "disturbed" else story()
+        drill, "show", lambda run: bad.get("story", story()) if run == DISTURBED else story()
     )
-    problems = drill.judge(tmp_path, [STRUCK], faults=bad.get("faults", 1))
+    problems = drill.judge(CALM, DISTURBED, [STRUCK], faults=bad.get("faults", 1))
     assert [said in problem for problem in problems] == ([True] if said else [])

@@ -20,6 +20,7 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     "fmnist_dist/loop.py::train": (1, "ends at the last step; the watchdog looks at each one"),
     "fmnist_dist/checkpoint/s3client.py::S3Client.attempt": (1, "its patience"),
     "fmnist_dist/checkpoint/s3client.py::together": (1, "the group of tasks has ended"),
+    "fmnist_dist/checkpoint/restore.py::read_checkpoint": (1, "a checksum of bytes in memory"),
     "fmnist_dist/checkpoint/restore.py::read_newest": (1, "each turn leaves a checkpoint out"),
     "fmnist_dist/keeper/keep.py::Keeper.run": (1, "`deaths` gives up without progress"),
     "fmnist_dist/keeper/keep.py::Keeper._watch": (1, "the watchdog, then DEATH_SECONDS"),

@@ -102,6 +102,8 @@ class ObjectStorage:
             return sync(files.loop, coroutine, at, *values, timeout=seconds, **how)
         except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise
+        except ImportError as error:
+            raise IncompatibleError(f"{self._url}: {_first_line(error)}") from error
         except PermissionError as error:
             raise RefusedError(f"cannot {verb} {where}: {_first_line(error)}") from error
         except Exception as error:  # each of these packages raises what it likes

@@ -17,7 +17,7 @@ from fmnist_dist.checkpoint.disk import Disk
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.errors import IncompatibleError, UsageError
-from fmnist_dist.usage import did_you_mean, printable
+from fmnist_dist.usage import printable
 
 S3_SCHEMES = ("s3", "s3a")
 _LOCAL_SCHEMES = ("file", "local")
@@ -114,10 +114,9 @@ def _check(scheme: str, url: str) -> None:
 
     known = {*known_implementations, *_EXTRAS}
     if scheme not in known:
-        hint = did_you_mean(scheme, ("s3", "gs", "az", "file"))
         raise UsageError(
             f"'{printable(url)}': '{printable(scheme)}' is no kind of storage; expected a path, or "
-            f"a URL that begins with s3://, gs://, az:// or another one of fsspec's{hint}"
+            f"a URL that begins with s3://, gs://, az:// or another one of fsspec's"
         )
     module, extra = _EXTRAS.get(scheme, (None, None))
     if module is not None and importlib.util.find_spec(module) is None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fmnist_dist.checkpoint.head import Retained
@@ -27,6 +28,12 @@ class Restored:
 
 def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     """Return one verified file. Raises `DamagedCheckpointError`."""
+    data = _read(storage, checkpoint, name)
+    _check(checkpoint, name, data)
+    return data
+
+
+def _read(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     path = f"{checkpoint.folder}/{name}"
     expected = checkpoint.files[name]
     try:
@@ -35,11 +42,14 @@ def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
         raise DamagedCheckpointError(f"{path} is missing") from error
     if len(data) != expected.size:
         raise DamagedCheckpointError(f"{path} has {len(data)} bytes, {expected.size} were saved")
-    if hashlib.sha256(data).hexdigest() != expected.sha256:
-        raise DamagedCheckpointError(
-            f"{path} is damaged: its SHA-256 is not the one that was saved"
-        )
     return data
+
+
+def _check(checkpoint: Checkpoint, name: str, data: bytes) -> None:
+    if hashlib.sha256(data).hexdigest() != checkpoint.files[name].sha256:
+        raise DamagedCheckpointError(
+            f"{checkpoint.folder}/{name} is damaged: its SHA-256 is not the one that was saved"
+        )
 
 
 def read_checkpoint(
@@ -54,11 +64,20 @@ def read_checkpoint(
     `nearby` returns those of its files that were found, and verified, in a place that is nearer.
     """
     found = _commit(log, retained)
-    near = nearby(found.checkpoint)
-    far = {
-        name: read_file(storage, found.checkpoint, name)
-        for name in sorted(found.checkpoint.files.keys() - near.keys())
-    }
+    checkpoint = found.checkpoint
+    near = nearby(checkpoint)
+    # The largest first: its checksum is computed while the others are read.
+    names = sorted(
+        checkpoint.files.keys() - near.keys(), key=lambda name: (-checkpoint.files[name].size, name)
+    )
+    far: dict[str, bytes] = {}
+    with ThreadPoolExecutor(max_workers=1) as checking:
+        checks = []
+        for name in names:
+            far[name] = data = _read(storage, checkpoint, name)
+            checks.append(checking.submit(_check, checkpoint, name, data))
+        for check in checks:
+            check.result()
     return Restored(commit=found, files={**near, **far}, nearby=len(near))
 
 

@@ -26,7 +26,6 @@ from s3fs import S3FileSystem
 
 from fmnist_dist import limits
 from fmnist_dist.checkpoint.s3errors import Meaning, is_of_credentials, line
-from fmnist_dist.masking import masked_url
 
 T = TypeVar("T")
 
@@ -124,7 +123,7 @@ class S3Client:
                 longest = limits.STORAGE_PAUSE_SECONDS * 2**tries
                 pause = random.uniform(0, min(longest, limits.STORAGE_LONGEST_PAUSE_SECONDS))
                 if meaning not in again or pause > patience.left:
-                    text = line(error, endpoint=_endpoint())
+                    text = line(error)
                     tried = f" ({tries} tries in {time.monotonic() - began:.0f} s)"
                     raise S3Failure(meaning, text + tried * (tries > 1)) from error
             else:
@@ -136,7 +135,13 @@ class S3Client:
         """Return the answer to one request, tried once."""
         files = self._files
         if files is None:
-            files = self._files = _open(self._session)
+            files = _open(self._session)
+            try:
+                await files.set_session()
+            except ValueError as error:  # it may hold a password, so it is not repeated
+                expected = "expected a URL as in http://localhost:9000"
+                raise S3Failure(Meaning.REFUSED, f"AWS_ENDPOINT_URL: {expected}") from error
+            self._files = files
         answer: dict[str, Any] = await files._call_s3(method, **arguments)  # noqa: SLF001 - fsspec's name for the coroutine behind `call_s3`
         return answer
 
@@ -174,12 +179,6 @@ def preload() -> None:
 
 
 def _open(session: AioSession | None) -> S3FileSystem:
-    if _endpoint() and not _endpoint().startswith(("http://", "https://")):
-        found = masked_url(_endpoint())
-        raise S3Failure(
-            Meaning.REFUSED,
-            f"AWS_ENDPOINT_URL: found '{found}', expected a URL as in http://localhost:9000",
-        )
     region = os.environ.get("AWS_REGION")  # of the other AWS tools; botocore does not know it
     files = S3FileSystem(
         session=session,
@@ -198,10 +197,6 @@ def _open(session: AioSession | None) -> S3FileSystem:
     )
     files.retries = 1
     return files
-
-
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def _seconds_of(size: int) -> float:

@@ -138,11 +138,8 @@ def is_of_credentials(error: BaseException) -> bool:
     return _answer(error)[0] in _OF_CREDENTIALS or isinstance(error, _SETUP)
 
 
-def line(error: BaseException, *, endpoint: str) -> str:
-    """Return an error in one line, with what to do about it where that is known.
-
-    `endpoint` is where the requests go, or "" for what botocore makes of the region.
-    """
+def line(error: BaseException) -> str:
+    """Return an error in one line, with what to do about it where that is known."""
     code, status = _answer(error)
     if code in _ADVICE:
         return f"{_ADVICE[code]} ({code})"
@@ -152,8 +149,10 @@ def line(error: BaseException, *, endpoint: str) -> str:
         case boto.NoCredentialsError():
             return f"found no credentials: {_KEYS}"
         case boto.EndpointConnectionError():
-            where = masked(endpoint) or "AWS"
-            return f"cannot connect to {where}: is AWS_ENDPOINT_URL right, and the store running?"
+            where = "/".join(str(error.kwargs.get("endpoint_url")).split("/")[:3])
+            return (
+                f"cannot connect to {masked(where)}: is AWS_ENDPOINT_URL right, and the store up?"
+            )
         case TimeoutError() if not isinstance(error, ConnectionFailure):
             return "no answer in time"
         case _:
