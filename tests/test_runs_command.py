@@ -327,7 +327,7 @@ def test_a_file_is_78_and_nothing_is_64_for_every_command(
     ):
         code, out, err = command(name, tmp_path / what)
         assert (code, out, err.count("\n")) == (expected, "", 1), what
-    assert command(name, "s3://bucket/run")[0] == ExitCode.USAGE
+    assert command(name, "s4://bucket/run")[0] == ExitCode.USAGE
     assert command(name, "")[0] == ExitCode.USAGE
     assert not (tmp_path / "none").exists()  # looking makes nothing
 

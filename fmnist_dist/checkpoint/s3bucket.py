@@ -50,7 +50,7 @@ class Bucket:
 
     async def read(self, key: str) -> bytes:
         """Read by ranges: the first tells the size, the others follow while it still comes."""
-        patience = Patience.of(_PART_BYTES)
+        patience = Patience.of(0)  # until the size is known: most of what is read is small
         known: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         buffer = io.BytesIO()
 

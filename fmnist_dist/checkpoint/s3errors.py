@@ -149,10 +149,8 @@ def line(error: BaseException) -> str:
         case boto.NoCredentialsError():
             return f"found no credentials: {_KEYS}"
         case boto.EndpointConnectionError():
-            where = "/".join(str(error.kwargs.get("endpoint_url")).split("/")[:3])
-            return (
-                f"cannot connect to {masked(where)}: is AWS_ENDPOINT_URL right, and the store up?"
-            )
+            where = "/".join(masked(str(error.kwargs.get("endpoint_url"))).split("/")[:3])
+            return f"cannot connect to {where}: is AWS_ENDPOINT_URL right, and the store running?"
         case TimeoutError() if not isinstance(error, ConnectionFailure):
             return "no answer in time"
         case _:
