@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from jobs import ROOT
 from memory_storage import MemoryStorage
 from seaweed import BUCKET, Seaweed
 
+from fmnist_dist import limits
 from fmnist_dist.checkpoint import s3bucket
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.log import RunLog
@@ -452,3 +454,37 @@ class TestPlace:
     def test_a_file_system_that_looks_before_it_writes_needs_a_promise(self) -> None:
         with pytest.raises(IncompatibleError, match=r"no put-if-absent.*--single-writer"):
             Place.of("ftp://host/run").storage().create("log/0", b"")
+
+
+def test_a_store_that_was_never_reached_is_given_up_soon_and_named(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "STORAGE_FIRST_SECONDS", 0.5)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        with pytest.raises(
+            StorageError, match=rf"cannot connect to http://{address}: .*tries in 0"
+        ):
+            S3Storage(s3_url).list("log")
+
+
+def test_an_opening_that_the_store_refuses_is_final_and_one_line(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the program: 78, as every rank of it says."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    ended = subprocess.run(
+        [sys.executable, "-m", "fmnist_dist.train", "--run-dir", s3_url, "--device=cpu"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ended.returncode == ExitCode.INCOMPATIBLE, ended.stderr
+    assert f"--run-dir {s3_url}: " in ended.stderr
+    assert "the secret key is wrong: check AWS_ACCESS_KEY_ID" in ended.stderr
+    assert "PLANTED" not in ended.stderr + ended.stdout
+    assert "Traceback" not in ended.stderr
