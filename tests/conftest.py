@@ -1,4 +1,4 @@
-"""Runs that several test files look at; trained once."""
+"""Runs that several test files look at, trained once; the S3 server that many of them use."""
 
 import os
 import secrets
@@ -9,32 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import seaweed
+from faulty_proxy import FaultyProxy
 from jobs import ROOT
-from seaweed import BUCKET, Seaweed
+from seaweed import Seaweed, s3_environ
 
 TRAIN_SECONDS = 240
 TMPFS_BYTES = 256 * 1024
-
-
-@pytest.fixture(scope="session")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """Return a running S3 server, one for all tests; each makes a prefix of its own."""
-    server = Seaweed(tmp_path_factory.mktemp("seaweed"))
-    server.start()
-    try:
-        server.bucket(BUCKET)
-        yield server
-    finally:
-        server.kill()
-
-
-@pytest.fixture
-def s3_url(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """Return the URL of a run that nobody has begun, with the environment to reach it."""
-    for name, value in seaweed.environ.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return f"s3://{BUCKET}/{secrets.token_hex(8)}/run"
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +51,52 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"this machine does not let root mount: {mounted.stderr.strip()}")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """Start an S3 server for all tests; who kills it starts it again."""
+    if why := seaweed.missing():
+        pytest.skip(why)
+    server = Seaweed(tmp_path_factory.mktemp("seaweed"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3: Seaweed) -> str:
+    """Return a bucket for all tests: each takes a name of its own in it."""
+    return s3.make_bucket()
+
+
+@pytest.fixture
+def s3_url(
+    s3: Seaweed, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> str:
+    """Return the URL of a run that nobody has begun, with the environment to reach it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, text in s3_environ(s3.endpoint).items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return f"s3://{s3_bucket}/runs/{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def proxied_url(s3_url: str, s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of a run that nobody has begun, reached through the proxy."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.endpoint)
+    return s3_url
+
+
+@pytest.fixture
+def s3_proxy(s3: Seaweed) -> Iterator[FaultyProxy]:
+    """Put a proxy before the S3 server, without faults as yet."""
+    proxy = FaultyProxy(s3.endpoint)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
