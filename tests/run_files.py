@@ -10,41 +10,47 @@ from typing import TypeVar
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import Checkpoint, Record
+from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.checkpoint.verify import verify
 
 B = TypeVar("B")
+Root = Path | Storage  # of a run: a folder, or the storage that holds it
 
 
-def log_of(root: Path) -> RunLog:
-    return RunLog(LocalStorage(root))
+def storage_of(root: Root) -> Storage:
+    return LocalStorage(root) if isinstance(root, Path) else root
 
 
-def records(root: Path) -> list[Record]:
+def log_of(root: Root) -> RunLog:
+    return RunLog(storage_of(root))
+
+
+def records(root: Root) -> list[Record]:
     log = log_of(root)
     return [log.record(index) for index in range(log.read().head.index + 1)]
 
 
-def kinds(root: Path) -> list[str]:
+def kinds(root: Root) -> list[str]:
     return [record.kind.value for record in records(root)]
 
 
-def bodies(root: Path, kind: type[B]) -> list[B]:
+def bodies(root: Root, kind: type[B]) -> list[B]:
     return [each.body for each in records(root) if isinstance(each.body, kind)]
 
 
-def checkpoints(root: Path) -> list[Checkpoint]:
+def checkpoints(root: Root) -> list[Checkpoint]:
     """Return every checkpoint that was ever committed, retired ones too."""
     return bodies(root, Checkpoint)
 
 
-def model_sha256(root: Path) -> str:
+def model_sha256(root: Root) -> str:
     """Return the digest of the newest checkpoint's weights."""
     return checkpoints(root)[-1].files["model.safetensors"].sha256
 
 
-def assert_sound(root: Path) -> None:
+def assert_sound(root: Root) -> None:
     """Every byte that the run retains is what was saved."""
-    findings = verify(LocalStorage(root), log_of(root))
+    findings = verify(storage_of(root), log_of(root))
     assert findings.damage == ()
     assert findings.records > 0
 

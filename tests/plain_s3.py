@@ -1,0 +1,59 @@
+"""A run on S3 as a plain client sees it: a `Storage` that owes nothing to the one under test."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from botocore.exceptions import ClientError
+from seaweed import Seaweed, split
+
+from fmnist_dist.checkpoint.storage import AlreadyExistsError, MissingError
+
+
+class PlainStorage:
+    """`Storage` below a URL, each verb a request or two, without retries."""
+
+    def __init__(self, server: Seaweed, url: str) -> None:
+        self.url = url
+        self._bucket, self._prefix = split(url)
+        self._client: Any = server.client()
+
+    def create(self, path: str, data: bytes | memoryview) -> None:
+        try:
+            self._client.put_object(**self._at(path), Body=bytes(data), IfNoneMatch="*")
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "PreconditionFailed":
+                raise
+            raise AlreadyExistsError(path) from error
+
+    def read(self, path: str) -> bytes:
+        try:
+            return bytes(self._client.get_object(**self._at(path))["Body"].read())
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "NoSuchKey":
+                raise
+            raise MissingError(path) from error
+
+    def list(self, folder: str) -> list[str]:
+        prefix = f"{self._prefix}{folder}/"
+        return sorted({key.removeprefix(prefix).split("/")[0] for key in self._keys(prefix)})
+
+    def delete(self, path: str) -> None:
+        self._client.delete_object(**self._at(path))
+
+    def delete_folder(self, folder: str) -> None:
+        for key in self._keys(f"{self._prefix}{folder}/"):
+            self._client.delete_object(Bucket=self._bucket, Key=key)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Put other bytes in the place of an object, as damage does."""
+        self._client.put_object(**self._at(path), Body=data)
+
+    def _keys(self, prefix: str) -> Iterator[str]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=prefix
+        )
+        for page in pages:
+            yield from (each["Key"] for each in page.get("Contents", []))
+
+    def _at(self, path: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": f"{self._prefix}{path}"}
