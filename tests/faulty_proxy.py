@@ -49,6 +49,7 @@ class Fault:
     skip: int = 0
     status: int = 500  # of an error
     code: str = "InternalError"
+    body: bytes | None = None  # of an error, where it is no S3 error
     rate: float = 10_000.0  # bytes a second, of a slow one
     happened: int = 0
     seen: int = 0
@@ -193,7 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body(slow)
         if fault and kind == "error":
             text = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>fault</Message>"
-            self._answer(fault.status, [], f"{text}</Error>".encode())
+            said = f"{text}</Error>".encode() if fault.body is None else fault.body
+            self._answer(fault.status, [("Content-Type", "application/xml")], said)
             return
         if kind == "late":
             self._await_end(raises=False)
