@@ -73,9 +73,7 @@ def s3_bucket(s3: Seaweed) -> str:
 
 
 @pytest.fixture
-def s3_url(
-    s3: Seaweed, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> str:
+def s3_url(s3: Seaweed, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Return the URL of a run that nobody has begun, with the environment to reach it."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)

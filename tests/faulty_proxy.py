@@ -8,9 +8,9 @@ unchanged, the Host header too: the signature covers it.
     cut        the connection is reset before the server has seen the request
     lost       the server has done it, then the connection is reset: the answer is lost
     late       the client is kept waiting until it gives up, and then the server does it
-    truncated  half of the answer's body, and the connection is closed
+    truncated  half of the answer's body (of its head, if it has none), and the connection is closed
     stalled    nothing comes, ever; the server never sees the request
-    hanging    the head of the answer and half of its body come, then nothing
+    hanging    as much comes as of a truncated one, and the connection stays open
     slow       body and answer pass at so many bytes a second
     deaf       the server never sees If-None-Match: a store that ignores put-if-absent
 
@@ -72,6 +72,7 @@ class FaultyProxy:
         self.faults: list[Fault] = []
         self.requests: list[str] = []  # every one that came: `METHOD target`
         self.under_way = 0
+        self.refused = 0  # requests that the server did not answer
         self.over = threading.Event()
         self.lock = threading.Lock()
         place = urlsplit(server)
@@ -190,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
         if kind == "stalled":
             self._await_end()
-        slow = fault.rate if fault and kind == "slow" else None
+        slow = fault if fault and kind == "slow" else None
         body = self._body(slow)
         if fault and kind == "error":
             text = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>fault</Message>"
@@ -202,17 +203,18 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             status, headers, content = self._ask(body, deaf=kind == "deaf")
         except (OSError, HTTPException):  # killed, or not there: as if the client had asked itself
+            proxy.refused += 1
             self._reset()
         if kind == "lost":
             self._reset()
         if kind == "late":
             raise _Ended
-        half = len(content) // 2 if kind in {"truncated", "hanging"} else None
-        self._answer(status, headers, content, only=half, rate=slow)
+        half = kind in {"truncated", "hanging"}
+        self._answer(status, headers, content, half=half, slow=slow)
         if kind == "hanging":
             self._await_end()
 
-    def _body(self, rate: float | None) -> bytes:
+    def _body(self, slow: Fault | None) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             parts = []
             while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -223,10 +225,10 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         left, parts = int(self.headers.get("Content-Length") or 0), []
         while left:
-            part = self.rfile.read(left if rate is None else min(_CHUNK, left))
+            part = self.rfile.read(left if slow is None else min(_CHUNK, left))
             if not part:
                 raise _Ended
-            self._pace(len(part), rate)
+            self._pace(len(part), slow)
             parts.append(part)
             left -= len(part)
         return b"".join(parts)
@@ -276,10 +278,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers: list[tuple[str, str]],
         content: bytes,
         *,
-        only: int | None = None,
-        rate: float | None = None,
+        half: bool = False,
+        slow: Fault | None = None,
     ) -> None:
-        """Send an answer; `only` so many bytes of its body, and then close the connection."""
+        """Send an answer, or half of it, after which no other follows on this connection."""
         self.send_response_only(status)
         told = {name.lower(): text for name, text in headers}
         for name, text in headers:
@@ -288,21 +290,29 @@ class _Handler(BaseHTTPRequestHandler):
         size = told.get("content-length", "0") if self.command == "HEAD" else str(len(content))
         if status != 204:
             self.send_header("Content-Length", size)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if only is not None:
-            self.wfile.write(content[:only])
-            self.wfile.flush()
+        empty = self.command == "HEAD" or not content
+        if half:
             self.close_connection = True
+        if half and empty:  # of what there is: the head
+            head = b"".join(self._headers_buffer)
+            self._headers_buffer = []
+            self.wfile.write(head[: len(head) // 2])
             return
-        step = _CHUNK if rate is not None else max(1, len(content))
+        self.end_headers()
+        if empty:
+            return
+        if half:
+            self.wfile.write(content[: len(content) // 2])
+            return
+        step = _CHUNK if slow is not None else max(1, len(content))
         for start in range(0, len(content), step):
-            self._pace(step, rate)
+            self._pace(step, slow)
             self.wfile.write(content[start : start + step])
 
-    def _pace(self, size: int, rate: float | None) -> None:
-        if rate is not None and self.server.proxy.over.wait(size / rate):
+    def _pace(self, size: int, slow: Fault | None) -> None:
+        if slow is None or slow.gone:
+            return
+        if self.server.proxy.over.wait(size / slow.rate):
             raise _Ended
 
     def _reset(self) -> None:
