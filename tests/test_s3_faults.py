@@ -407,3 +407,15 @@ def test_a_server_that_is_killed_in_the_middle_of_a_save_and_comes_back_has_all_
     assert restored is not None
     assert restored.files == files_of(10)
     assert swept.orphans == ()
+
+
+def test_a_small_object_that_cannot_be_read_is_given_up_as_soon_as_a_small_one_should_be(
+    storage: S3Storage, s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the time that a whole range of a large one may take: a fence is read like this."""
+    shorten(monkeypatch, {**HASTY, "STORAGE_BYTES_PER_SECOND": PART / 60})
+    storage.create("small/x", SMALL)
+    began = time.monotonic()
+    with s3_proxy.during(Fault("error", "GET", times=ALWAYS)), pytest.raises(StorageError):
+        storage.read("small/x")
+    assert time.monotonic() - began < 30
