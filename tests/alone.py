@@ -10,20 +10,26 @@ from pathlib import Path
 from typing import Self
 
 from in_process import clean_environ
-from jobs import LIMIT_SECONDS, ROOT, alive, reached, wait_for
+from jobs import LIMIT_SECONDS, ROOT, alive, log_beside, reached, wait_for
 
 from fmnist_dist.checkpoint.hint import read_hints
+from fmnist_dist.checkpoint.place import Place
 
 FLAGS = ["--batch-size=64", "--save-every-seconds=none", "--device=cpu"]
 
 
 class Alone:
-    """One `python -m train_small`; stdout and stderr go to one file. Killed when left."""
+    """One `python -m train_small`; stdout and stderr go to one file. Killed when left.
 
-    def __init__(self, run: Path, *flags: str, **environ: str) -> None:
+    `logs` is the folder of that file, for a run on object storage.
+    """
+
+    def __init__(
+        self, run: Path | str, *flags: str, logs: Path | None = None, **environ: str
+    ) -> None:
         self.run = run
         self.before = reached(run)[0]  # the attempts that there were
-        self.log = run.parent / f"{run.name}-{len(list(run.parent.iterdir()))}.log"
+        self.log = log_beside(run, logs)
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
@@ -56,7 +62,7 @@ class Alone:
         wait_for(there, f"{number} steps")
 
     def first_step(self) -> int:
-        return read_hints(self.run / "progress")[self.before + 1].first_step
+        return read_hints(Place.of(str(self.run)).notes)[self.before + 1].first_step
 
     def trainer(self) -> int:
         """Return the living trainer."""

@@ -124,10 +124,14 @@ def _process_as_before() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallRun:
-    """A run over thirty images in a folder of its own; every launch of it is the same command."""
+    """A run over thirty images in a folder of its own; every launch of it is the same command.
+
+    `url` says where else it lies; its environment is this process's.
+    """
 
     root: Path
     data: Path
+    url: str | None = None
 
     def launch(
         self,
@@ -136,7 +140,7 @@ class SmallRun:
         told: Callable[[str], None] = lambda _: None,
     ) -> Ended:
         batch = () if "--batch-size" in flags else ("--batch-size", str(BATCH))
-        own = ("--run-dir", str(self.root), "--data-dir", str(self.data), *batch)
+        own = ("--run-dir", self.url or str(self.root), "--data-dir", str(self.data), *batch)
         return launch(*own, *flags, environ=environ, told=told)
 
     def beside(self, name: str) -> "SmallRun":
@@ -168,16 +172,17 @@ def in_child(run: SmallRun, *flags: str, **environ: str) -> "subprocess.Complete
     """Launch a small run in a process of its own: one that may be killed."""
     code = (
         "import sys; from pathlib import Path; import in_process\n"
-        "root, data, *flags = sys.argv[1:]\n"
+        "root, data, url, *flags = sys.argv[1:]\n"
         "owned = in_process.owned_by(os.environ.pop('TEST_OWNER', None))\n"
         "with in_process.small_run(Path(data).parent), owned:\n"
-        "    run = in_process.SmallRun(root=Path(root), data=Path(data))\n"
+        "    run = in_process.SmallRun(root=Path(root), data=Path(data), url=url or None)\n"
         "    ended = run.launch(*flags, environ=dict(os.environ), told=sys.__stderr__.write)\n"
         "sys.exit(ended.code)\n"
     )
     path = os.pathsep.join(str(folder) for folder in (_TESTS.parent, _TESTS))
+    where = [str(run.root), str(run.data), run.url or ""]
     return subprocess.run(
-        [sys.executable, "-c", f"import os; {code}", str(run.root), str(run.data), *flags],
+        [sys.executable, "-c", f"import os; {code}", *where, *flags],
         env={**clean_environ(), "PYTHONPATH": path, **environ},
         capture_output=True,
         text=True,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fmnist_dist.checkpoint.hint import read_hints
-from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.place import Place
 
 T = TypeVar("T")
 
@@ -23,16 +23,20 @@ LIMIT_SECONDS = 600.0  # of one wait; a test has its own limit
 
 @dataclass
 class Job:
-    """One `torchrun` of `fmnist_dist.train`, in a session of its own."""
+    """One `torchrun` of `fmnist_dist.train`, in a session of its own.
 
-    run: Path
+    `logs` is the folder of its output; None for the one beside a run on a disk.
+    """
+
+    run: Path | str  # a folder, or a URL whose environment is this process's
     flags: list[str]
     workers: int = 2
     max_restarts: int = 20
     module: str = "fmnist_dist.train"
+    logs: Path | None = None
 
     def start(self) -> "Job":
-        self.log = self.run.parent / f"{self.run.name}-{time.monotonic_ns()}.log"
+        self.log = log_beside(self.run, self.logs)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--local-addr=127.0.0.1", f"--nproc_per_node={self.workers}"]
         command += [f"--max-restarts={self.max_restarts}", "-m", self.module]
@@ -127,9 +131,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-def reached(run: Path) -> tuple[int, int]:
+def log_beside(run: Path | str, logs: Path | None) -> Path:
+    """Return a new name for the output of a launch of `run`."""
+    name = run.name if isinstance(run, Path) else "remote"
+    folder = run.parent if isinstance(run, Path) else logs
+    assert folder is not None, "a run on object storage has no folder for logs"
+    return folder / f"{name}-{time.monotonic_ns()}.log"
+
+
+def reached(run: Path | str) -> tuple[int, int]:
     """Return (newest attempt that trains, its last finished step)."""
-    hints = read_hints(run / "progress")
+    hints = read_hints(Place.of(str(run)).notes)
     return (max(hints), hints[max(hints)].last_step) if hints else (0, 0)
 
 
@@ -152,23 +164,25 @@ def wait_for(condition: Callable[[], T], what: str) -> T:
     return value
 
 
-def show(run: Path) -> dict[str, Any]:
+def show(run: Path | str) -> dict[str, Any]:
     """Return `runs show --json`."""
-    return json.loads(_runs("show", run, "--json").stdout)
+    shown = _runs("show", run, "--json")
+    assert shown.returncode == 0, shown.stderr
+    return json.loads(shown.stdout)
 
 
-def ledger(run: Path) -> subprocess.CompletedProcess[str]:
+def ledger(run: Path | str) -> subprocess.CompletedProcess[str]:
     return _runs("ledger", run)
 
 
-def files_of_newest(run: Path) -> dict[str, str]:
+def files_of_newest(run: Path | str) -> dict[str, str]:
     """Return the SHA-256 of every file of the newest checkpoint but its metrics since the last."""
-    log = RunLog(LocalStorage(run))
+    log = RunLog(Place.of(str(run)).storage())
     body = log.record(log.read().head.checkpoints[-1].index).body
     return {n: f.sha256 for n, f in body.files.items() if n != "metrics.jsonl"}
 
 
-def _runs(command: str, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def _runs(command: str, run: Path | str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fmnist_dist.runs", command, str(run), *flags],
         cwd=ROOT,
