@@ -136,13 +136,13 @@ def test_storage_that_stays_away_ends_the_launch_with_one_line_and_the_same_comm
     small_sha256: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, seconds in (("STORAGE_SECONDS", 1.0), ("SAVE_RETRY_SECONDS", 0.05)):
-        monkeypatch.setattr(limits, name, seconds)
+    monkeypatch.setattr(limits, "SAVE_RETRY_SECONDS", 0.05)
     away = Fault("error", "PUT|POST", times=ALWAYS, status=503, code="SlowDown")
 
     def told(text: str) -> None:
         if " saved  step=2 " in text:
             s3_proxy.add(away)
+            monkeypatch.setattr(limits, "STORAGE_SECONDS", 0.5)
 
     ended = run.launch(*EVERY_TWO, "--max-unsaved-seconds", "0.5", told=told)
     assert ended.code == ExitCode.TRANSIENT
@@ -151,6 +151,7 @@ def test_storage_that_stays_away_ends_the_launch_with_one_line_and_the_same_comm
     for words in ("--max-unsaved-seconds 0.5", "SlowDown", "newest checkpoint: step 2", "/run"):
         assert words in line
     s3_proxy.clear()
+    monkeypatch.setattr(limits, "STORAGE_SECONDS", 60.0)
     assert [each.step for each in checkpoints(stored)] == [2]
     again = run.launch(*EVERY_TWO)
     assert again.code == 0, again.lines
@@ -165,15 +166,16 @@ def test_storage_that_is_away_for_a_while_is_told_and_costs_no_step(
     small_sha256: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, seconds in (("STORAGE_SECONDS", 0.5), ("SAVE_RETRY_SECONDS", 0.05)):
-        monkeypatch.setattr(limits, name, seconds)
+    monkeypatch.setattr(limits, "SAVE_RETRY_SECONDS", 0.05)
     away = Fault("error", "PUT|POST", times=ALWAYS, status=503, code="SlowDown")
 
     def told(text: str) -> None:
         if " saved  step=2 " in text:
             s3_proxy.add(away)
+            monkeypatch.setattr(limits, "STORAGE_SECONDS", 0.5)
         if "save failed, training goes on" in text:
             s3_proxy.clear()
+            monkeypatch.setattr(limits, "STORAGE_SECONDS", 60.0)
 
     ended = run.launch(*EVERY_TWO, told=told)
     assert ended.code == 0, ended.lines
