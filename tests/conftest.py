@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import seaweed
 from faulty_proxy import FaultyProxy
 from jobs import ROOT
-from seaweed import Seaweed, s3_environ
+from seaweed import BUCKET, Seaweed, missing, s3_environ
 
 TRAIN_SECONDS = 240
 TMPFS_BYTES = 256 * 1024
@@ -54,46 +53,41 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """Start an S3 server for all tests; who kills it starts it again."""
-    if why := seaweed.missing():
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """Start an S3 server for all tests, with a bucket; who kills it starts it again."""
+    if why := missing():
         pytest.skip(why)
     server = Seaweed(tmp_path_factory.mktemp("seaweed"))
     try:
         server.start()
+        server.make_bucket(BUCKET)
         yield server
     finally:
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def s3_bucket(s3: Seaweed) -> str:
-    """Return a bucket for all tests: each takes a name of its own in it."""
-    return s3.make_bucket()
-
-
 @pytest.fixture
-def s3_url(s3: Seaweed, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+def s3_url(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Return the URL of a run that nobody has begun, with the environment to reach it."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    for name, text in s3_environ(s3.endpoint).items():
+    for name, text in s3_environ(seaweed.endpoint).items():
         monkeypatch.setenv(name, text)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return f"s3://{s3_bucket}/runs/{secrets.token_hex(6)}"
+    return f"s3://{BUCKET}/{secrets.token_hex(6)}/run"
 
 
 @pytest.fixture
 def proxied_url(s3_url: str, s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the URL of a run that nobody has begun, reached through the proxy."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
     return s3_url
 
 
 @pytest.fixture
-def s3_proxy(s3: Seaweed) -> Iterator[FaultyProxy]:
+def s3_proxy(seaweed: Seaweed) -> Iterator[FaultyProxy]:
     """Put a proxy before the S3 server, without faults as yet."""
-    proxy = FaultyProxy(s3.endpoint)
+    proxy = FaultyProxy(seaweed.endpoint)
     try:
         yield proxy
     finally:

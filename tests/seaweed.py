@@ -23,6 +23,7 @@ from in_process import clean_environ
 from jobs import ROOT
 
 REGION = "us-east-1"
+BUCKET = "runs"  # of all tests: each takes a folder of its own in it
 START_SECONDS = 60.0
 # Below the ports that Linux gives to outgoing connections: they are free again after a kill.
 _PORTS = range(12_000, 32_000)
@@ -62,7 +63,7 @@ def s3_environ(endpoint: str, key: Key = WRITER) -> dict[str, str]:
     return {
         "AWS_ACCESS_KEY_ID": key.access,
         "AWS_SECRET_ACCESS_KEY": key.secret,
-        "AWS_ENDPOINT_URL_S3": endpoint,
+        "AWS_ENDPOINT_URL": endpoint,
         "AWS_REGION": REGION,
         "AWS_DEFAULT_REGION": REGION,  # what botocore reads
         "AWS_CONFIG_FILE": os.devnull,
@@ -90,6 +91,11 @@ class Seaweed:
         identities = [_identity("writer", WRITER, "Admin Read Write List Tagging")]
         identities += [_identity("reader", READER, "Read List")]
         (folder / "keys.json").write_text(json.dumps({"identities": identities}))
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What its clients need."""
+        return s3_environ(self.endpoint)
 
     def start(self) -> None:
         """Start, or start again on the same data and ports; return when objects can be put."""
@@ -143,9 +149,9 @@ class Seaweed:
         )
         return self._clients[key]
 
-    def make_bucket(self) -> str:
+    def make_bucket(self, name: str | None = None) -> str:
         """Make an empty bucket and return its name."""
-        name = f"bucket-{secrets.token_hex(6)}"
+        name = name or f"bucket-{secrets.token_hex(6)}"
         self.client().create_bucket(Bucket=name)
         return name
 

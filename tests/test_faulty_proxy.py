@@ -8,7 +8,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.session import Session
 from faulty_proxy import Fault, FaultyProxy
-from seaweed import READER, REGION, WRITER, Key, Seaweed
+from seaweed import BUCKET, READER, REGION, WRITER, Key, Seaweed
 
 BODY = bytes(range(256)) * 40
 SHORT_SECONDS = 0.5
@@ -30,9 +30,9 @@ def code_of(error: pytest.ExceptionInfo[ClientError]) -> tuple[int, str]:
     return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"]
 
 
-def test_without_faults_everything_passes(s3_proxy: FaultyProxy, s3_bucket: str) -> None:
+def test_without_faults_everything_passes(s3_proxy: FaultyProxy) -> None:
     there = client(s3_proxy.endpoint)
-    where = {"Bucket": s3_bucket, "Key": "proxy/a b+c/x=1"}
+    where = {"Bucket": BUCKET, "Key": "proxy/a b+c/x=1"}
     there.put_object(**where, Body=BODY, IfNoneMatch="*")
     assert there.get_object(**where)["Body"].read() == BODY
     assert there.get_object(**where, Range="bytes=5-9")["Body"].read() == BODY[5:10]
@@ -40,24 +40,24 @@ def test_without_faults_everything_passes(s3_proxy: FaultyProxy, s3_bucket: str)
     with pytest.raises(ClientError) as taken:
         there.put_object(**where, Body=BODY, IfNoneMatch="*")
     assert code_of(taken) == (412, "PreconditionFailed")
-    listed = there.list_objects_v2(Bucket=s3_bucket, Prefix="proxy/a b+c/")
+    listed = there.list_objects_v2(Bucket=BUCKET, Prefix="proxy/a b+c/")
     assert [each["Key"] for each in listed["Contents"]] == ["proxy/a b+c/x=1"]
-    there.delete_objects(Bucket=s3_bucket, Delete={"Objects": [{"Key": where["Key"]}]})
+    there.delete_objects(Bucket=BUCKET, Delete={"Objects": [{"Key": where["Key"]}]})
     with pytest.raises(ClientError) as gone:
         there.get_object(**where)
     assert code_of(gone) == (404, "NoSuchKey")
 
 
 def test_each_fault_happens_as_often_as_it_should_and_to_what_it_should(
-    s3: Seaweed, s3_proxy: FaultyProxy, s3_bucket: str
+    seaweed: Seaweed, s3_proxy: FaultyProxy
 ) -> None:
     there = client(s3_proxy.endpoint, seconds=SHORT_SECONDS)
 
     def put(key: str, **how: str) -> None:
-        there.put_object(Bucket=s3_bucket, Key=f"faults/{key}", Body=BODY, **how)
+        there.put_object(Bucket=BUCKET, Key=f"faults/{key}", Body=BODY, **how)
 
     def get(key: str) -> bytes:
-        return there.get_object(Bucket=s3_bucket, Key=f"faults/{key}")["Body"].read()
+        return there.get_object(Bucket=BUCKET, Key=f"faults/{key}")["Body"].read()
 
     with s3_proxy.during(Fault("error", "PUT", "/b$", status=503, code="SlowDown", skip=1)) as it:
         put("a")
@@ -71,7 +71,7 @@ def test_each_fault_happens_as_often_as_it_should_and_to_what_it_should(
         with s3_proxy.during(Fault(kind, "PUT", f"/{kind}$")), pytest.raises(BotoCoreError):
             put(kind)
         s3_proxy.settle()
-        assert (f"faults/{kind}" in s3.objects(f"s3://{s3_bucket}")) == is_there, kind
+        assert (f"faults/{kind}" in seaweed.objects(f"s3://{BUCKET}")) == is_there, kind
     for kind in ("truncated", "hanging"):
         with s3_proxy.during(Fault(kind, "GET", "/a$")) as it, pytest.raises(BotoCoreError):
             get("a")
@@ -88,24 +88,24 @@ def test_each_fault_happens_as_often_as_it_should_and_to_what_it_should(
     assert len([each for each in s3_proxy.requests if re.fullmatch(r"PUT \S+/a", each)]) == 3
 
 
-def test_a_key_that_may_only_read_and_one_that_nobody_knows(s3: Seaweed, s3_bucket: str) -> None:
-    s3.client().put_object(Bucket=s3_bucket, Key="keys/x", Body=BODY)
-    reader = client(s3.endpoint, READER)
-    assert reader.get_object(Bucket=s3_bucket, Key="keys/x")["Body"].read() == BODY
+def test_a_key_that_may_only_read_and_one_that_nobody_knows(seaweed: Seaweed) -> None:
+    seaweed.client().put_object(Bucket=BUCKET, Key="keys/x", Body=BODY)
+    reader = client(seaweed.endpoint, READER)
+    assert reader.get_object(Bucket=BUCKET, Key="keys/x")["Body"].read() == BODY
     with pytest.raises(ClientError) as denied:
-        reader.put_object(Bucket=s3_bucket, Key="keys/y", Body=BODY)
+        reader.put_object(Bucket=BUCKET, Key="keys/y", Body=BODY)
     assert code_of(denied) == (403, "AccessDenied")
     with pytest.raises(ClientError) as unknown:
-        s3.client(Key(access="AKIDNOBODY", secret="x")).list_objects_v2(Bucket=s3_bucket)
+        seaweed.client(Key(access="AKIDNOBODY", secret="x")).list_objects_v2(Bucket=BUCKET)
     assert code_of(unknown) == (403, "InvalidAccessKeyId")
 
 
-def test_a_killed_server_comes_back_with_what_it_held(s3: Seaweed, s3_bucket: str) -> None:
-    s3.client().put_object(Bucket=s3_bucket, Key="kill/x", Body=BODY)
-    s3.kill()
+def test_a_killed_server_comes_back_with_what_it_held(seaweed: Seaweed) -> None:
+    seaweed.client().put_object(Bucket=BUCKET, Key="kill/x", Body=BODY)
+    seaweed.kill()
     try:
         with pytest.raises(BotoCoreError):
-            s3.client().get_object(Bucket=s3_bucket, Key="kill/x")
+            seaweed.client().get_object(Bucket=BUCKET, Key="kill/x")
     finally:
-        s3.start()
-    assert s3.objects(f"s3://{s3_bucket}/kill") == {"x": BODY}
+        seaweed.start()
+    assert seaweed.objects(f"s3://{BUCKET}/kill") == {"x": BODY}

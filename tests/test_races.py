@@ -159,7 +159,7 @@ def test_two_launches_that_race_for_a_run_on_disk(tmp_path: Path, rounds: int) -
 
 @pytest.mark.parametrize("rounds", [EVENTS, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1800)
-def test_two_launches_that_race_for_a_run_on_s3(s3: Seaweed, s3_url: str, rounds: int) -> None:
-    told = race(s3_url, child_environ(s3.endpoint), rounds=rounds)
+def test_two_launches_that_race_for_a_run_on_s3(seaweed: Seaweed, s3_url: str, rounds: int) -> None:
+    told = race(s3_url, child_environ(seaweed.endpoint), rounds=rounds)
     assert sum(lines[-1] == "fenced" for lines in told.values()) > rounds / 8
-    check(PlainStorage(s3, s3_url), told)
+    check(PlainStorage(seaweed, s3_url), told)

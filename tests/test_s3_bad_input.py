@@ -37,8 +37,8 @@ def run(tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.fixture
-def stored(s3: Seaweed, s3_url: str) -> PlainStorage:
-    return PlainStorage(s3, s3_url)
+def stored(seaweed: Seaweed, s3_url: str) -> PlainStorage:
+    return PlainStorage(seaweed, s3_url)
 
 
 def assert_refused(ended: Ended, code: ExitCode, *words: str) -> None:
@@ -116,7 +116,7 @@ def test_an_endpoint_where_nobody_answers_is_given_up_soon(
         taken.bind(("127.0.0.1", 0))  # and does not listen
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
         for endpoint in (nobody, "http://no-such-host.invalid:9000"):
-            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+            monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
             ended = run.launch(*FOUR)
             assert_refused(
                 ended, ExitCode.TRANSIENT, f"cannot connect to {endpoint}", "AWS_ENDPOINT_URL"
@@ -126,7 +126,7 @@ def test_an_endpoint_where_nobody_answers_is_given_up_soon(
 def test_an_endpoint_that_is_no_url_is_refused(
     run: SmallRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "localhost:9000")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
     assert_refused(
         run.launch(*FOUR), ExitCode.INCOMPATIBLE, "AWS_ENDPOINT_URL", "localhost:9000", "http://"
     )
@@ -145,7 +145,7 @@ def test_a_clock_that_is_wrong_is_refused(
         ended = run.launch(*FOUR)
     assert_refused(ended, ExitCode.INCOMPATIBLE, "clocks differ too much", "NTP")
     # And in the words of AWS.
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
     with s3_proxy.during(Fault("error", times=ALWAYS, status=403, code="RequestTimeTooSkewed")):
         ended = run.launch(*FOUR)
     assert_refused(ended, ExitCode.INCOMPATIBLE, "clocks differ too much", "NTP")
@@ -154,7 +154,7 @@ def test_a_clock_that_is_wrong_is_refused(
 def test_a_store_that_ignores_put_if_absent_is_refused_unless_nobody_else_writes(
     run: SmallRun, stored: PlainStorage, s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
     deaf = s3_proxy.add(Fault("deaf", "PUT|POST", times=ALWAYS))
     ended = run.launch(*FOUR)
     assert_refused(
@@ -219,20 +219,20 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs
 
 
 @pytest.mark.parametrize("prefix", ["", "/a b/ü+%20&=x"], ids=["none", "odd"])
-def test_a_run_may_have_any_prefix_and_none(run: SmallRun, s3: Seaweed, prefix: str) -> None:
-    url = f"s3://{s3.make_bucket()}{prefix}"
+def test_a_run_may_have_any_prefix_and_none(run: SmallRun, seaweed: Seaweed, prefix: str) -> None:
+    url = f"s3://{seaweed.make_bucket()}{prefix}"
     assert replace(run, url=url).launch(*FOUR).code == 0
-    stored = PlainStorage(s3, url)
+    stored = PlainStorage(seaweed, url)
     assert kinds(stored) == ["attempt", "checkpoint", "checkpoint", "finish"]
     assert show(url)["step"] == 4
-    assert not {name.partition("/")[0] for name in s3.objects(url)} - {"log", "checkpoints"}
+    assert not {name.partition("/")[0] for name in seaweed.objects(url)} - {"log", "checkpoints"}
 
 
 def test_rights_that_are_taken_away_in_mid_run_and_given_back_cost_nothing(
     run: SmallRun, stored: PlainStorage, s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys are rotated: at a run's opening it is a mistake, later it is storage that is away."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
     monkeypatch.setattr(limits, "SAVE_RETRY_SECONDS", 0.05)
     expired = Fault("error", times=ALWAYS, status=403, code="ExpiredToken")
 
@@ -253,7 +253,7 @@ def test_rights_that_are_taken_away_in_mid_run_and_given_back_cost_nothing(
 
 def test_no_secret_is_ever_shown_or_stored(
     run: SmallRun,
-    s3: Seaweed,
+    seaweed: Seaweed,
     s3_proxy: FaultyProxy,
     stored: PlainStorage,
     tmp_path: Path,
@@ -270,7 +270,7 @@ def test_no_secret_is_ever_shown_or_stored(
         f"<Error><Code>InvalidAccessKeyId</Code><Message>no key {WRITER.access}</Message>"
         f"<AWSAccessKeyId>{WRITER.access}</AWSAccessKeyId></Error>"
     )
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
     for status in (403, 400, 500):
         s3_proxy.clear()
         s3_proxy.add(Fault("error", times=ALWAYS, status=status, body=quoting.encode()))
@@ -279,11 +279,11 @@ def test_no_secret_is_ever_shown_or_stored(
         assert ended.code in {ExitCode.INCOMPATIBLE, ExitCode.TRANSIENT}
         assert len(ended.errors) == 1
         said += ended.lines
-    password = s3.endpoint.replace("http://", f"http://user:{PLANTED}@")
+    password = seaweed.endpoint.replace("http://", f"http://user:{PLANTED}@")
     for endpoint in (password, f"http://user:{PLANTED}@127.0.0.1:9", f"{PLANTED}@host"):
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         said += run.launch("--max-steps", "8").lines
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", seaweed.endpoint)
     monkeypatch.setenv("AWS_SESSION_TOKEN", PLANTED)
     said += run.launch("--max-steps", "8").lines
     for url in (f"s3://{WRITER.access}:{PLANTED}@bucket/run", f"s3://bucket/run?secret={PLANTED}"):
@@ -292,7 +292,7 @@ def test_no_secret_is_ever_shown_or_stored(
         said += ended.lines
     notes = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
     assert notes
-    kept = [*s3.objects(stored.url).values(), *(path.read_bytes() for path in notes)]
+    kept = [*seaweed.objects(stored.url).values(), *(path.read_bytes() for path in notes)]
     for secret in (*secrets_of(WRITER), PLANTED):
         assert not [line for line in said if secret in line]
         assert not [data for data in kept if secret.encode() in data]

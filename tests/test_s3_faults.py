@@ -123,8 +123,8 @@ def storage(proxied_url: str, monkeypatch: pytest.MonkeyPatch) -> S3Storage:
 
 
 @pytest.fixture
-def plain(s3: Seaweed, s3_url: str) -> PlainStorage:
-    return PlainStorage(s3, s3_url)
+def plain(seaweed: Seaweed, s3_url: str) -> PlainStorage:
+    return PlainStorage(seaweed, s3_url)
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, float]) -> None:
@@ -176,20 +176,20 @@ def found(objects: Mapping[str, bytes], folder: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", PASSING)
 def test_a_fault_that_passes_is_overcome_by_every_verb(
-    storage: S3Storage, s3_proxy: FaultyProxy, s3: Seaweed, plain: PlainStorage, kind: str
+    storage: S3Storage, s3_proxy: FaultyProxy, seaweed: Seaweed, plain: PlainStorage, kind: str
 ) -> None:
     armed = prepare(s3_proxy, plain, PASSING[kind], times=1)
     outcomes = all_at_once(storage)
     s3_proxy.settle()
-    objects = s3.objects(plain.url)
+    objects = seaweed.objects(plain.url)
     for verb, fault in zip(VERBS, armed, strict=True):
         assert fault.happened == 1, verb.name
         assert outcomes[verb.name] == verb.result, verb.name
         assert found(objects, verb.name) == verb.after, verb.name
     # Whoever begins again does not know what upload an answer that was lost had named.
-    assert s3.uploads(plain.url) in ([], ["begin/x"] if kind in APPLIED else [])
+    assert seaweed.uploads(plain.url) in ([], ["begin/x"] if kind in APPLIED else [])
     storage.delete_folder("begin")
-    assert s3.uploads(plain.url) == []
+    assert seaweed.uploads(plain.url) == []
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_fault_that_passes_is_overcome_by_every_verb(
 def test_a_fault_that_stays_is_an_error_within_the_limit_and_leaves_nothing_torn(
     storage: S3Storage,
     s3_proxy: FaultyProxy,
-    s3: Seaweed,
+    seaweed: Seaweed,
     plain: PlainStorage,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
@@ -216,7 +216,7 @@ def test_a_fault_that_stays_is_an_error_within_the_limit_and_leaves_nothing_torn
     outcomes = all_at_once(storage)
     s3_proxy.clear()
     s3_proxy.settle()
-    objects = s3.objects(plain.url)
+    objects = seaweed.objects(plain.url)
     for verb, met in zip(VERBS, armed, strict=True):
         outcome = outcomes[verb.name]
         there = found(objects, verb.name)
@@ -233,7 +233,7 @@ def test_a_fault_that_stays_is_an_error_within_the_limit_and_leaves_nothing_torn
     storage.delete_folder("begin")
     storage.delete_folder("part")
     storage.delete_folder("complete")
-    assert s3.uploads(plain.url) == []
+    assert seaweed.uploads(plain.url) == []
 
 
 @pytest.mark.parametrize("kind", ["lost", "late"])
@@ -288,7 +288,7 @@ def test_files_that_arrive_after_the_save_was_given_up_are_swept_by_the_next_lau
 def test_a_connection_of_10_kb_per_second_brings_small_objects_whole_and_large_ones_not_at_all(
     storage: S3Storage,
     s3_proxy: FaultyProxy,
-    s3: Seaweed,
+    seaweed: Seaweed,
     plain: PlainStorage,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -301,7 +301,7 @@ def test_a_connection_of_10_kb_per_second_brings_small_objects_whole_and_large_o
         write_file(storage, "large/x", LARGE[:PART])
     s3_proxy.clear()
     s3_proxy.settle()
-    assert s3.objects(plain.url) in (
+    assert seaweed.objects(plain.url) in (
         {"small/x": SMALL},
         {"small/x": SMALL, "large/x": LARGE[:PART]},
     )
@@ -345,7 +345,7 @@ writer.save(snapshot(10, {"model.safetensors": bytes(6 * 2**20)}))
 
 
 def test_an_upload_that_is_killed_half_way_is_removed_by_the_next_launch(
-    storage: S3Storage, s3_proxy: FaultyProxy, s3: Seaweed, plain: PlainStorage
+    storage: S3Storage, s3_proxy: FaultyProxy, seaweed: Seaweed, plain: PlainStorage
 ) -> None:
     stalled = s3_proxy.add(Fault("stalled", "PUT", "partNumber=2", times=ALWAYS))
     uploading = subprocess.Popen(
@@ -353,22 +353,22 @@ def test_an_upload_that_is_killed_half_way_is_removed_by_the_next_launch(
         env=child_environ(s3_proxy.endpoint, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
     )
     with uploading:
-        wait_for(lambda: stalled.happened and s3.uploads(plain.url), "half an upload")
+        wait_for(lambda: stalled.happened and seaweed.uploads(plain.url), "half an upload")
         uploading.send_signal(signal.SIGKILL)
     s3_proxy.clear()
     s3_proxy.settle()
-    assert len(s3.uploads(plain.url)) == 1
+    assert len(seaweed.uploads(plain.url)) == 1
     assert plain.list("checkpoints") == []
     _, restored, swept = start(storage, "another")
     assert restored is None
     assert len(swept.orphans) == 1
-    assert s3.uploads(plain.url) == []
+    assert seaweed.uploads(plain.url) == []
 
 
 def test_an_upload_that_cannot_even_be_aborted_is_removed_by_the_next_launch(
     storage: S3Storage,
     s3_proxy: FaultyProxy,
-    s3: Seaweed,
+    seaweed: Seaweed,
     plain: PlainStorage,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -380,27 +380,27 @@ def test_an_upload_that_cannot_even_be_aborted_is_removed_by_the_next_launch(
         pytest.raises(StorageError, match="cannot write"),
     ):
         writer.save(snapshot(10, {"model.safetensors": LARGE}))
-    assert len(s3.uploads(plain.url)) == 1
+    assert len(seaweed.uploads(plain.url)) == 1
     shorten(monkeypatch, PATIENT)
     _, _, swept = start(storage, "another")
     assert len(swept.orphans) == 1
-    assert s3.uploads(plain.url) == []
+    assert seaweed.uploads(plain.url) == []
 
 
 def test_a_server_that_is_killed_in_the_middle_of_a_save_and_comes_back_has_all_of_it(
-    storage: S3Storage, s3_proxy: FaultyProxy, s3: Seaweed, plain: PlainStorage
+    storage: S3Storage, s3_proxy: FaultyProxy, seaweed: Seaweed, plain: PlainStorage
 ) -> None:
     writer = begin(storage)
     held = s3_proxy.add(Fault("stalled", "PUT", "/optimizer", times=ALWAYS))
     with ThreadPoolExecutor(1) as pool:
         saving = pool.submit(writer.save, snapshot(10))
         wait_for(lambda: held.happened, "a save under way")
-        s3.kill()
+        seaweed.kill()
         try:
             held.gone = True
             wait_for(lambda: s3_proxy.refused, "a request that nobody took")
         finally:
-            s3.start()
+            seaweed.start()
         assert saving.result(60)
     assert_sound(plain)
     _, restored, swept = start(storage, "another", report=pytest.fail)

@@ -46,8 +46,8 @@ def run(tmp_path: Path, proxied_url: str) -> Iterator[SmallRun]:
 
 
 @pytest.fixture
-def stored(s3: Seaweed, s3_url: str) -> PlainStorage:
-    return PlainStorage(s3, s3_url)
+def stored(seaweed: Seaweed, s3_url: str) -> PlainStorage:
+    return PlainStorage(seaweed, s3_url)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_lost_trainers_are_replaced_in_place_by_ones_that_save_to_s3(
 def test_a_store_that_is_killed_in_a_save_comes_back_and_a_signal_saves_there(
     undisturbed: Mapping[str, str],
     proxied_url: str,
-    s3: Seaweed,
+    seaweed: Seaweed,
     s3_proxy: FaultyProxy,
     stored: PlainStorage,
     tmp_path: Path,
@@ -231,13 +231,13 @@ def test_a_store_that_is_killed_in_a_save_comes_back_and_a_signal_saves_there(
         job.await_text(" saved  step=4 ")
         held = s3_proxy.add(Fault("stalled", "PUT", "/optimizer", times=ALWAYS))
         wait_for(lambda: held.happened, "a save under way")
-        s3.kill()
+        seaweed.kill()
         try:
             held.gone = True
             job.await_text("save failed, training goes on")
             job.await_steps(reached(proxied_url)[1] + 2)  # it does
         finally:
-            s3.start()
+            seaweed.start()
         job.await_text(" saved  step=", times=2)
         assert job.text().count("save failed") >= 1
         os.kill(job.process.pid, signal.SIGTERM)
