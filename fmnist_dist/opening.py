@@ -1,5 +1,6 @@
 """Opening a run: rank 0 takes it over, all other ranks are told where training goes on."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from fmnist_dist.checkpoint.storage import RefusedError, Storage
 from fmnist_dist.checkpoint.tier import LocalTier
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.distributed.fingerprint import fingerprint
-from fmnist_dist.distributed.share import broadcast, pack, unpack
+from fmnist_dist.distributed.share import broadcast
 from fmnist_dist.distributed.world import World
 from fmnist_dist.errors import (
     ExitCode,
@@ -48,7 +49,9 @@ class Run:
     log: RunLog
     write: Callable[[], RunWriter]  # this rank's writer, made when it is asked for
     resumption: Resumption
-    files: Mapping[str, bytes]  # of the checkpoint to go on from; empty: from the initial weights
+    files: Mapping[
+        str, bytes | memoryview
+    ]  # of the checkpoint to go on from; empty: from the initial weights
 
 
 def open_place(url: str) -> Place:
@@ -159,13 +162,13 @@ def _open_run(
             return None
         resumption = Resumption.from_json(text)
         _check_shared(log, place, resumption, joined)
-        is_new = joined.hear("files") != "none"
-        files = unpack(broadcast(joined, None, source=0, key="files")) if is_new else {}
-        return follow_run(launch, place, resumption, agents=agents, files=files)
+        names = json.loads(joined.hear("files"))
+        received = {name: broadcast(joined, None, source=0, key=f"file/{name}") for name in names}
+        return follow_run(launch, place, resumption, agents=agents, files=received)
     storage = place.storage(single_writer=launch.config.single_writer, disk=disk)
     if known is not None:
         joined.tell("resumption", known)
-        joined.tell("files", "none")
+        joined.tell("files", "[]")
         return follow_run(
             launch, place, Resumption.from_json(known), agents=agents, storage=storage
         )
@@ -196,9 +199,10 @@ def _open_run(
     if not writer.head.committed:
         _check_seen(joined, place)
     files = restored.files if restored else {}
-    joined.tell("files", "some" if files else "none")
-    if files:
-        broadcast(joined, pack(files), source=0, key="files")
+    recorded = restored.commit.checkpoint.files if restored else {}  # and just verified
+    joined.tell("files", json.dumps(list(files)))
+    for name, data in files.items():
+        broadcast(joined, data, source=0, key=f"file/{name}", digest=recorded[name].sha256)
     return Run(log=log, write=lambda: writer, resumption=resumption, files=files)
 
 
@@ -209,7 +213,7 @@ def follow_run(
     *,
     agents: Sequence[str],
     storage: Storage | None = None,
-    files: Mapping[str, bytes] = MappingProxyType({}),
+    files: Mapping[str, bytes | memoryview] = MappingProxyType({}),
 ) -> Run:
     """Return the run of an attempt that another process of this launch has begun."""
     used = storage or place.storage(single_writer=launch.config.single_writer)

@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load
 from torch import Tensor, nn
 
-from fmnist_dist import digest, plan
+from fmnist_dist import digest, plan, tensorfile
 from fmnist_dist.digest import EpochDigest, Lanes
 from fmnist_dist.filenames import EMA, MODEL, OPTIMIZER
 from fmnist_dist.plan import Settings
@@ -195,7 +194,7 @@ class TrainState:
     @torch.no_grad()
     def load(
         self,
-        files: Mapping[str, bytes],
+        files: Mapping[str, bytes | memoryview],
         *,
         step: int,
         ledger: tuple[EpochDigest, ...],
@@ -205,18 +204,19 @@ class TrainState:
     ) -> None:
         """Become the state that `files` hold."""
         with self._lock:
-            self.model.load_state_dict(load(files[MODEL]))
+            self.model.load_state_dict(tensorfile.read(files[MODEL]))
             for buffer, loaded in zip(self.buffers, self.model.buffers(), strict=True):
                 buffer.copy_(loaded)
             parameters = dict(self.model.named_parameters())
-            for name, tensor in load(files[OPTIMIZER]).items():
+            for name, tensor in tensorfile.read(files[OPTIMIZER]).items():
                 owner, _, slot = name.rpartition(".")
                 parameter = parameters[owner]
                 # In the parameter's own memory order, as the optimizer itself would have made it.
-                like = torch.empty_like(parameter) if tensor.shape == parameter.shape else tensor
+                is_like = tensor.shape == parameter.shape
+                like = torch.empty_like(parameter if is_like else tensor)
                 self.optimizer.state[parameter][slot] = like.copy_(tensor)
             if self.ema is not None:
-                for name, tensor in load(files[EMA]).items():
+                for name, tensor in tensorfile.read(files[EMA]).items():
                     self.ema[name].copy_(tensor)
             self.step = step
             self.ledger = ledger[-1:]
@@ -226,11 +226,11 @@ class TrainState:
             self.parent = parent
 
     @torch.no_grad()
-    def load_image(self, image: bytes | bytearray) -> None:
+    def load_image(self, image: bytes | memoryview) -> None:
         """Become the state of an `image` that is whole: whoever got it has checked its digest."""
-        image = bytearray(image)  # torch warns of memory that it may not write to
         start = 8 + int.from_bytes(image[:8], "little")
-        facts = json.loads(image[8:start])
+        facts = json.loads(bytes(image[8:start]))
+        memory = tensorfile.as_tensor(image)
         rows = []
         for step, is_score, length in facts["rows"]:
             rows.append(Row(step, is_score, bytes(image[start : start + length])))
@@ -239,7 +239,7 @@ class TrainState:
             self.optimizer.zero_grad(set_to_none=True)
             targets = dict(self._tensors())
             for name, length in facts["tensors"]:
-                source = torch.frombuffer(image, dtype=torch.uint8, count=length, offset=start)
+                source = memory[start : start + length]
                 start += length
                 if name not in targets:
                     targets[name] = self._make_slot(name, length)
@@ -316,7 +316,8 @@ class TrainState:
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
-            for slot, value in self.optimizer.state[parameter].items():
+            # By name: torch makes them in an order of its own, a file gives them in another.
+            for slot, value in sorted(self.optimizer.state[parameter].items()):
                 if value is not None:
                     assert isinstance(value, Tensor), f"{name}.{slot} is no tensor"
                     yield f"{name}.{slot}", value

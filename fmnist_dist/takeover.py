@@ -77,7 +77,7 @@ class Resumption:
     evaluated: bool
     parent: int | None  # index of the checkpoint's record; None: from the initial weights
 
-    def restore(self, state: TrainState, files: Mapping[str, bytes]) -> None:
+    def restore(self, state: TrainState, files: Mapping[str, bytes | memoryview]) -> None:
         """Make `state` the one to go on from."""
         state.load(
             files,

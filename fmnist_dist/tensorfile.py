@@ -7,6 +7,7 @@ its very bytes. The library itself copies every byte twice, under Python's lock.
 
 import ctypes
 import json
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -26,6 +27,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_BY_NAME = {name: dtype for dtype, name in _TYPES.items()}
 _ORDER = {dtype: number for number, dtype in enumerate(_TYPES)}
 _PADDING = 8  # the header ends at a multiple, with blanks
 _LINE = 64  # bytes of a cache line: a copy to where none begins took up to twice as long
@@ -87,6 +89,32 @@ class TensorFile:
     def data(self) -> memoryview:
         """The file's bytes as they are now; no copy."""
         return self._file.numpy().data
+
+
+def read(data: bytes | memoryview) -> dict[str, Tensor]:
+    """Return the tensors of a file that is known to be whole, by name: views of its bytes.
+
+    Nothing may write to them.
+    """
+    memory = as_tensor(data)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(bytes(data[8:begin]))
+    entries.pop("__metadata__", None)
+    found: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        first, end = entry["data_offsets"]
+        flat = memory[begin + first : begin + end].view(_BY_NAME[entry["dtype"]])
+        found[name] = flat.view(entry["shape"])
+    return found
+
+
+def as_tensor(data: bytes | memoryview) -> Tensor:
+    """Return bytes as a tensor, uint8 [n], without a copy: nothing may write to it."""
+    if not len(data):
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory that cannot be written to: nobody does
+        return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:

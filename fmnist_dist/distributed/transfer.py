@@ -11,12 +11,12 @@ class TornStateError(Exception):
     """What was received is not what the sender had advertised."""
 
 
-def digest_of(data: bytes) -> str:
+def digest_of(data: bytes | memoryview) -> str:
     """Return the digest by which a state is advertised: SHA-256, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
-def adopt(data: bytes, *, digest: str) -> bytes:
+def adopt(data: bytes | memoryview, *, digest: str) -> bytes | memoryview:
     """Return a received state that equals the sender's. Raises `TornStateError`."""
     found = digest_of(data)
     if found != digest:
