@@ -10,7 +10,6 @@ Prints one JSON object: seconds, and megabytes per second.
 
 import json
 import os
-import secrets
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import s3fs  # noqa: E402
 from run_builders import begin, snapshot  # noqa: E402
-from seaweed import ACCESS_KEY, BUCKET, SECRET_KEY, Seaweed  # noqa: E402
+from seaweed import WRITER, Seaweed, s3_environ  # noqa: E402
 
 from fmnist_dist.checkpoint.log import RunLog  # noqa: E402
 from fmnist_dist.checkpoint.place import Place  # noqa: E402
@@ -45,25 +44,28 @@ def main() -> None:
         server.start()  # there, with all its threads
         os.sched_setaffinity(0, cores[:1])
         try:
-            os.environ.update(server.environ)
-            server.bucket(BUCKET)
+            os.environ.update(s3_environ(server.endpoint))
             found = measure(server, size, rounds)
         finally:
-            server.kill()
+            server.stop()
     print(json.dumps({"megabytes": size / MEGABYTE, "rounds": rounds, **found}, indent=1))
 
 
 def measure(server: Seaweed, size: int, rounds: int) -> dict[str, Any]:
-    storage = Place.of(f"s3://{BUCKET}/{secrets.token_hex(4)}").storage()
+    bucket = server.make_bucket()
+    storage = Place.of(f"s3://{bucket}/run").storage()
     writer = begin(storage)
     bare = s3fs.S3FileSystem(
-        key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=server.url, use_listings_cache=False
+        key=WRITER.access,
+        secret=WRITER.secret,
+        endpoint_url=server.endpoint,
+        use_listings_cache=False,
     )
     files = {name: os.urandom(int(share * size)) for name, share in SHARES.items()}
     whole = b"".join(files.values())
     took: dict[str, list[float]] = {}
     for step in range(1, rounds + 2):
-        path = f"{BUCKET}/bare-{step}"
+        path = f"{bucket}/bare-{step}"
         put = timed(lambda path=path: bare.pipe_file(path, whole))
         save = timed(lambda step=step: writer.save(snapshot(step, files)))
         get = timed(lambda path=path: bare.cat_file(path))
