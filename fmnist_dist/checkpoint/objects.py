@@ -8,8 +8,9 @@ import contextlib
 import threading
 from typing import Any
 
-from fsspec import AbstractFileSystem, filesystem
+from fsspec import AbstractFileSystem
 from fsspec.asyn import sync
+from fsspec.core import url_to_fs
 
 from fmnist_dist import limits
 from fmnist_dist.checkpoint.storage import (
@@ -30,9 +31,9 @@ class ObjectStorage:
     """`Storage` in a folder of an fsspec file system, opened at its first use."""
 
     def __init__(self, url: str, *, single_writer: bool = False) -> None:
-        self._scheme, _, path = url.partition("://")
+        self._scheme = url.partition("://")[0]
         self._url = url
-        self._root = path.strip("/")
+        self._root = ""
         self._single_writer = single_writer
         self._files: AbstractFileSystem | None = None
 
@@ -92,9 +93,10 @@ class ObjectStorage:
         seconds = limits.STORAGE_SECONDS + size / limits.STORAGE_BYTES_PER_SECOND
         try:
             if self._files is None:
-                self._files = filesystem(
-                    self._scheme, skip_instance_cache=True, use_listings_cache=False
+                self._files, root = url_to_fs(
+                    self._url, skip_instance_cache=True, use_listings_cache=False
                 )
+                self._root = root.strip("/")
             files, at = self._files, self._at(path)
             if not files.async_impl:
                 return getattr(files, method)(at, *values, **how)
