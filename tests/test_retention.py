@@ -373,3 +373,14 @@ def test_finishing_twice_is_recorded_once() -> None:
         writer.finish(step=10, reason="epochs", metrics={"test_accuracy": 0.9})
     head = RunLog(storage).read().head
     assert (head.index, head.finished_step) == (2, 10)
+
+
+def test_nothing_is_committed_once_the_run_is_finished_so_what_prune_finds_is_left_over() -> None:
+    """Found by the state machine: a save that began before `finish` was pruned half-way."""
+    storage = MemoryStorage()
+    writer = begin(storage)
+    assert writer.save(snapshot(1))
+    writer.finish(step=1, reason="epochs", metrics={})
+    assert not writer.save(snapshot(2))
+    assert writer.refresh().newest_step == 1
+    assert len(storage.list("checkpoints")) == 1

@@ -522,4 +522,11 @@ def _has_owned(log: RunLog, head: Head, owner: str) -> bool:
 
 
 def _is_old(head: Head, step: int) -> bool:
+    """Whether the log has no place for a checkpoint of this step any more.
+
+    Once this attempt has finished nobody of it is further than its last checkpoint, and `prune`
+    takes what it finds without a record for left over.
+    """
+    if head.finished_step is not None:
+        return True
     return head.newest_step is not None and step <= head.newest_step
