@@ -81,9 +81,7 @@ def measure(name: str, url: str, count: int) -> dict:
     torch.set_num_threads(1)
     with world.alone(torch.device("cpu")):
         training = Training(name)
-        for _ in range(STEPS_BETWEEN):
-            training.step()
-        memory = Memory()
+        memory = Memory(training)
         ours = Ours(training, url)
         for _ in range(min(count, 5)):
             ours.save()
@@ -290,19 +288,26 @@ class BareCopy:
 
 
 class Memory:
-    """The peak of this process's resident memory, beyond what it was."""
+    """The peak of this process's resident memory, beyond that of training alone."""
 
-    def __init__(self) -> None:
-        self._before = self._read("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    def __init__(self, training: Training) -> None:
+        self._begin()
+        for _ in range(STEPS_BETWEEN):
+            training.step()
+        self._training = self._peak()
+        self._begin()
 
     def peak(self) -> int:
-        return self._read("VmHWM") - self._before
+        return self._peak() - self._training
 
     @staticmethod
-    def _read(name: str) -> int:
+    def _begin() -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    @staticmethod
+    def _peak() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def timed(action: Callable[[], object]) -> float:

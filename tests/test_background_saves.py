@@ -5,7 +5,7 @@ want. `Training` drives the very objects that a trainer has; where a trainer is 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import wait_for
 from memory_storage import MemoryStorage
-from run_builders import begin
+from run_builders import begin, snapshot
 from run_files import assert_sound, checkpoints
 from safetensors.torch import save
 
@@ -29,14 +29,16 @@ from fmnist_dist.agreement import settings_of
 from fmnist_dist.checkpoint import lineage
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
-from fmnist_dist.checkpoint.record import Heal
+from fmnist_dist.checkpoint.record import File, Heal
 from fmnist_dist.checkpoint.storage import StorageError
+from fmnist_dist.checkpoint.watch import AbandonedError
 from fmnist_dist.checkpoint.writer import RunWriter, TornCopyError
 from fmnist_dist.config import Config
 from fmnist_dist.distributed.comparison import Comparison
 from fmnist_dist.distributed.share import DifferentStatesError
 from fmnist_dist.errors import FencedError
 from fmnist_dist.filenames import EMA, MODEL, OPTIMIZER
+from fmnist_dist.flight import Flight
 from fmnist_dist.handover.board import Board
 from fmnist_dist.models.cnn import Cnn
 from fmnist_dist.plan import Plan
@@ -83,7 +85,7 @@ class Training:
 
     def __init__(self, storage: MemoryStorage, writer: RunWriter, **config: Any) -> None:
         self.storage, self.board = storage, Board.create()
-        self.config = Config(optimizer="adamw", ema=0.9, save_every_steps=1, **config)
+        self.config = Config(**{"optimizer": "adamw", "ema": 0.9, "save_every_steps": 1, **config})
         torch.manual_seed(3)
         model = Cnn(image_shape=(1, 28, 28), num_classes=10, dropout=0.0, widths=(4, 8))
         model.to(memory_format=torch.channels_last)
@@ -234,17 +236,19 @@ def test_memory_that_changes_while_it_is_written_is_not_committed() -> None:
 
 
 def test_what_is_due_while_a_save_is_under_way_is_saved_once_and_newest() -> None:
-    with trained() as (training, storage):
+    with trained(save_every_steps=3) as (training, storage):
         storage.shut()
         assert training.turn()
         storage.await_somebody()
-        assert [training.turn() for _ in range(4)] == [False] * 4
+        assert [training.turn() for _ in range(4)] == [False] * 4  # due after step 6, and in vain
         storage.open()
         training.settle()
         assert training.turn()
         training.settle()
         assert list(training.committed()) == [3, 8]
         # Each row once, along the line.
+        line = lineage.line(training.log, training.log.read().head)
+        assert [each.checkpoint.step for each in line] == [3, 8]
         rows = [files["metrics.jsonl"].count(b"\n") for files in training.committed().values()]
         assert rows == [3, 5]
 
@@ -366,10 +370,13 @@ def test_a_save_that_hangs_does_not_keep_a_drain_from_saving(
         training.advance()
         storage.shut_at = None  # whoever waits goes on waiting, and nobody else does
         expected = training.files()
+        staged = bytes(training.saves._staging._files[MODEL].data)
         training.saves.secure(training.state, reason="drain", seconds=SECONDS)
         found = training.committed()
         assert list(found) == [4]
         assert {name: found[4][name] for name in expected} == expected
+        # Nobody writes to the memory that the other one may still send.
+        assert bytes(training.saves._staging._files[MODEL].data) == staged
         storage.open()  # it comes back: its step is old by now
         training.settle()
         assert list(training.committed()) == [4]
@@ -414,6 +421,19 @@ def test_of_weights_that_are_taken_back_no_save_under_way_is_committed_later(
         storage.open()
         training.settle()
         assert list(training.committed()) == [3]
+
+
+def test_a_save_that_is_given_up_just_before_its_record_appends_none() -> None:
+    class Late(Flight):
+        def confirm(self, files: Mapping[str, File]) -> None:
+            self.abandon()
+
+    storage = MemoryStorage()
+    writer = begin(storage)
+    with pytest.raises(AbandonedError):
+        writer.save(snapshot(10), Late(10, None))
+    assert storage.list("checkpoints") == []
+    assert writer.refresh().newest_step is None
 
 
 # The ranks' copies.
@@ -597,17 +617,19 @@ def _save_in_little_memory() -> None:
         training.advance(2)
         size = sum(len(each) for each in training.files().values())
         assert size > 100 << 20
-        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        training.advance()
+        before = _resident_peak()  # gradients and all
         Path("/proc/self/clear_refs").write_text("5")
         for _ in range(3):
             training.turn()
             training.settle()
         training.saves.secure(training.state, reason="drain", seconds=SECONDS)
-        peak = _resident("VmHWM") - before
+        peak = _resident_peak() - before
         assert len(training.committed()) == 3
-        assert peak < 2 * size, f"{peak / size:.2f} states"
+        assert size < peak < 2 * size, f"{peak / size:.2f} states"
 
 
-def _resident(name: str) -> int:
+def _resident_peak() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
