@@ -38,16 +38,23 @@ def probe(storage: Storage, *, shown: str) -> None:
 def _keeps_the_first(storage: Storage) -> bool:
     path = f"{TEMPORARY_FOLDER}/probe-{secrets.token_hex(8)}"
     first, second = b"first", b"second"
+    # Its own, if the answer was lost: nobody else knows the name.
+    with contextlib.suppress(AlreadyExistsError):
+        storage.create(path, first)
     try:
-        # Its own, if the answer was lost: nobody else knows the name.
-        with contextlib.suppress(AlreadyExistsError):
-            storage.create(path, first)
-        try:
-            storage.create(path, second)
-        except AlreadyExistsError:
-            return storage.read(path) == first
+        storage.create(path, second)
+    except AlreadyExistsError:
+        kept = _reads(storage, path) == first
+    else:
+        kept = False
+    # Only now: a store that has failed would fail again, and what it says first is what matters.
+    storage.delete(path)
+    return kept
+
+
+def _reads(storage: Storage, path: str) -> bytes | None:
+    """Return an object, None where a sweep has taken it."""
+    try:
+        return storage.read(path)
     except MissingError:
-        pass
-    finally:
-        storage.delete(path)
-    return False
+        return None

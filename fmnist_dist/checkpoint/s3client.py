@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from aiobotocore.session import AioSession
 from aiohttp import ClientError as ConnectionFailure
@@ -141,6 +142,9 @@ class S3Client:
             except ValueError as error:  # it may hold a password, so it is not repeated
                 expected = "expected a URL as in http://localhost:9000"
                 raise S3Failure(Meaning.REFUSED, f"AWS_ENDPOINT_URL: {expected}") from error
+            if "@" in urlsplit(files.s3.meta.endpoint_url).netloc:  # no request would ever leave
+                expected = "expected no user and no password in it: keys are AWS_ACCESS_KEY_ID, ..."
+                raise S3Failure(Meaning.REFUSED, f"AWS_ENDPOINT_URL: {expected}")
             self._files = files
         answer: dict[str, Any] = await files._call_s3(method, **arguments)  # noqa: SLF001 - fsspec's name for the coroutine behind `call_s3`
         return answer
