@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from memory_storage import MemoryStorage
 
+from fmnist_dist.checkpoint import s3bucket
 from fmnist_dist.checkpoint.disk import Disk, FaultyDisk, disk_from
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.place import Place
@@ -153,9 +154,8 @@ class TestContract:
         assert storage.list(TEMPORARY_FOLDER) == []
 
 
-@pytest.mark.parametrize("make", [LocalStorage, lambda _: MemoryStorage()], ids=["local", "memory"])
-def test_of_many_threads_exactly_one_creates_an_object(make: Make, tmp_path: Path) -> None:
-    storage = make(tmp_path / "run")
+@pytest.mark.parametrize("storage", ["local", "model", "memory", "s3"], indirect=True)
+def test_of_many_threads_exactly_one_creates_an_object(storage: Storage) -> None:
     won: list[tuple[int, str]] = []
     together = threading.Barrier(RACERS)
 
@@ -179,10 +179,10 @@ def test_of_many_threads_exactly_one_creates_an_object(make: Make, tmp_path: Pat
 
 RACER = """
 import sys
-from pathlib import Path
-from fmnist_dist.checkpoint.local import LocalStorage
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.storage import AlreadyExistsError
-storage, racer = LocalStorage(Path(sys.argv[1])), sys.argv[2]
+storage, racer = Place.of(sys.argv[1]).storage(), sys.argv[2]
+storage.list("log")  # what is slow the first time
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(100):
@@ -195,16 +195,24 @@ for number in range(100):
 
 
 def test_of_many_processes_exactly_one_creates_an_object(tmp_path: Path) -> None:
+    race_of_processes(str(tmp_path / "run"), RACERS)
+
+
+def test_of_many_processes_exactly_one_creates_an_object_on_s3(s3_url: str) -> None:
+    race_of_processes(s3_url, 3)  # each imports s3fs
+
+
+def race_of_processes(url: str, number: int) -> None:
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", RACER, str(tmp_path / "run"), str(each)],
+            [sys.executable, "-c", RACER, url, str(each)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environ,
         )
-        for each in range(RACERS)
+        for each in range(number)
     ]
     for racer in racers:
         assert racer.stdout is not None
@@ -214,19 +222,32 @@ def test_of_many_processes_exactly_one_creates_an_object(tmp_path: Path) -> None
         racer.stdin.write("go\n")
         racer.stdin.flush()
     won = [racer.communicate()[0].split() for racer in racers]
-    assert [racer.returncode for racer in racers] == [0] * RACERS
-    assert Counter(number for each in won for number in each) == {str(n): 1 for n in range(100)}
-    storage = LocalStorage(tmp_path / "run")
-    for racer, numbers in enumerate(won):
-        for number in numbers:
-            assert storage.read(f"log/{number}") == b"%d" % racer * 5000
+    assert [racer.returncode for racer in racers] == [0] * number
+    assert Counter(name for each in won for name in each) == {str(n): 1 for n in range(100)}
+    storage = Place.of(url).storage()
+    for racer_number, names in enumerate(won):
+        for name in names:
+            assert storage.read(f"log/{name}") == b"%d" % racer_number * 5000
     assert storage.list(TEMPORARY_FOLDER) == []
 
 
 def test_a_reader_sees_an_object_whole_or_not_at_all(tmp_path: Path) -> None:
-    writer = LocalStorage(tmp_path / "run", disk=Recorded())
-    reader = LocalStorage(tmp_path / "run")
-    data, number = b"x" * 100_000, 30
+    run = tmp_path / "run"
+    writer = LocalStorage(run, disk=Recorded())
+    read_while_written(LocalStorage(run), writer, b"x" * 100_000, number=30)
+
+
+def test_a_reader_sees_an_object_on_s3_whole_or_not_at_all(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3bucket, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3bucket, "_WHOLE_BYTES", 5 * 2**20)
+    for size in (5 * 2**20, 6 * 2**20):  # in one put, and in parts
+        storage = Place.of(f"{s3_url}/{size}").storage()
+        read_while_written(storage, storage, b"x" * size, number=3)
+
+
+def read_while_written(reader: Storage, writer: Storage, data: bytes, *, number: int) -> None:
     thread = threading.Thread(
         target=lambda: [writer.create(f"log/{each}", data) for each in range(number)]
     )
