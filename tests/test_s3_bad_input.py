@@ -1,5 +1,6 @@
 """What a user of S3 can get wrong: one line that helps, the exit code, and no secret in it."""
 
+import importlib.util
 import socket
 import subprocess
 import sys
