@@ -5,14 +5,13 @@ the one before: that is the proof that the one before has lost nothing.
 """
 
 import os
-import re
 import signal
 import time
 from pathlib import Path
 from unittest import mock
 
 from alone import FLAGS, Alone
-from jobs import Job, alive, reached, show, wait_for, wait_for_step
+from jobs import Job, alive, is_pending, reached, show, stop, wait_for, wait_for_step
 from run_files import assert_sound, checkpoints
 from running import running
 
@@ -42,20 +41,6 @@ def ended_drained(job: Alone, began: float, *, age: int = 0) -> float:
     saved = checkpoints(job.run)[-1].step
     assert job.first_step() < saved <= last <= saved + age
     return seconds
-
-
-def is_pending(pid: int, number: int) -> bool:
-    """Whether a signal has been sent to a process that has not taken it yet."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", status, re.MULTILINE)
-    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
-
-
-def stop(pid: int) -> None:
-    """SIGSTOP a process, seen stopped."""
-    os.kill(pid, signal.SIGSTOP)
-    stat = Path(f"/proc/{pid}/stat")
-    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "a stopped process")
 
 
 def loads_torch(pid: int) -> bool:
