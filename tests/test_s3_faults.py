@@ -35,6 +35,7 @@ from fmnist_dist.checkpoint.storage import (
     Storage,
     StorageError,
 )
+from fmnist_dist.errors import FencedError
 
 PART = 5 * 2**20  # S3 takes no smaller one, but the last
 SMALL = bytes(range(256)) * 16
@@ -262,6 +263,26 @@ def test_a_record_without_an_answer_may_stand_so_its_files_stay(
     assert swept.orphans == ()
     assert restored is not None
     assert restored.files == files_of(10)
+    assert_sound(plain)
+
+
+def test_a_record_that_arrives_after_a_newer_attempt_is_refused_by_the_store(
+    storage: S3Storage, s3_proxy: FaultyProxy, plain: PlainStorage
+) -> None:
+    """P4: what is under way when another launch takes over changes nothing when it comes."""
+    writer = begin(storage)
+    late = s3_proxy.add(Fault("late", "PUT", "/log/000000000001", times=1))
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(writer.save, snapshot(10))
+        wait_for(lambda: late.happened, "a record under way")
+        other, restored, _ = start(plain, "another", report=pytest.fail)
+        assert restored is None
+        with pytest.raises(FencedError, match="attempt 2 has taken this run over"):
+            saving.result(60)
+    s3_proxy.settle()
+    assert [record.kind.value for record in records(plain)] == ["attempt", "attempt"]
+    assert other.save(snapshot(10))
+    assert len(plain.list("checkpoints")) == 1
     assert_sound(plain)
 
 
