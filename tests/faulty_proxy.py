@@ -11,6 +11,7 @@ unchanged, the Host header too: the signature covers it.
     truncated  half of the answer's body (of its head, if it has none), and the connection is closed
     stalled    nothing comes, ever; the server never sees the request
     hanging    as much comes as of a truncated one, and the connection stays open
+    short      half of the answer's body, as if that were all
     slow       body and answer pass at so many bytes a second
     deaf       the server never sees If-None-Match: a store that ignores put-if-absent
 
@@ -209,6 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
         if kind == "late":
             raise _Ended
+        if kind == "short":
+            content = content[: len(content) // 2]
         half = kind in {"truncated", "hanging"}
         self._answer(status, headers, content, half=half, slow=slow)
         if kind == "hanging":

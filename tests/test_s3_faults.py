@@ -49,8 +49,8 @@ PATIENT = {
     "STORAGE_BYTES_PER_SECOND": 5e6,
 }
 HASTY = {
-    "STORAGE_SECONDS": 1.5,
-    "STORAGE_REQUEST_SECONDS": 0.7,
+    "STORAGE_SECONDS": 2.0,
+    "STORAGE_REQUEST_SECONDS": 2.0,  # so long an upload that fails may take to be aborted
     "STORAGE_SILENCE_SECONDS": 0.5,
     "STORAGE_BYTES_PER_SECOND": 2e7,
 }
@@ -105,9 +105,10 @@ PASSING = {
     "stalled": Fault("stalled"),
     "truncated": Fault("truncated"),
     "hanging": Fault("hanging"),
+    "short": Fault("short"),
 }
 STAYING = {"500", "late", "hanging"}  # each another way through the code
-APPLIED = {"lost", "late", "truncated", "hanging"}  # the server has heard of it
+APPLIED = {"lost", "late", "truncated", "hanging", "short"}  # the server has heard of it
 
 
 @pytest.fixture
@@ -200,6 +201,7 @@ def test_a_fault_that_passes_is_overcome_by_every_verb(
         *(
             kind if kind in STAYING else pytest.param(kind, marks=pytest.mark.slow)
             for kind in PASSING
+            if kind != "short"  # many answers have no body that it could shorten
         ),
     ],
 )
@@ -231,9 +233,9 @@ def test_a_fault_that_stays_is_an_error_within_the_limit_and_leaves_nothing_torn
             assert there in (verb.before, verb.after), verb.name
         else:
             assert there == verb.before, verb.name
+    # An upload that fails is aborted; only one whose name nobody was told is left to a sweep.
+    assert set(seaweed.uploads(plain.url)) <= ({"begin/x"} if kind in APPLIED else set())
     storage.delete_folder("begin")
-    storage.delete_folder("part")
-    storage.delete_folder("complete")
     assert seaweed.uploads(plain.url) == []
 
 
