@@ -11,22 +11,20 @@ state, and the log admits a step once. Any thread may ask for it.
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 from fmnist_dist import limits
-from fmnist_dist.checkpoint import lineage
 from fmnist_dist.checkpoint.folder import describe
 from fmnist_dist.checkpoint.log import RunLog
-from fmnist_dist.checkpoint.record import DamagedRecordError
 from fmnist_dist.checkpoint.storage import StorageError
 from fmnist_dist.checkpoint.watch import UNWATCHED, AbandonedError, Watch
 from fmnist_dist.checkpoint.writer import RunWriter, Snapshot
+from fmnist_dist.committer import Committer
 from fmnist_dist.config import AUTO, Config
 from fmnist_dist.distributed.comparison import Comparison
 from fmnist_dist.distributed.connection import StoreLostError
 from fmnist_dist.distributed.share import DifferentStatesError
+from fmnist_dist.due import Due
 from fmnist_dist.errors import FencedError, NoProgressError, TransientError
 from fmnist_dist.flight import Copy, Flight, digest_of
 from fmnist_dist.handover.board import Board
@@ -43,35 +41,12 @@ _SHARE_FOR_FLIGHT = 0.75  # of a limit: for a save of the very state that is und
 _events = EventLog("fmnist_dist.saves")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """When a checkpoint is due: at every epoch's end, and as the user asked."""
-
-    every_steps: int | None
-    every_seconds: float | None
-
-    def reason(self, *, step: int, ends_epoch: bool, seconds_since: float) -> str | None:
-        """Return why a checkpoint is due after `step` steps, None if it is not.
-
-        `seconds_since` counts from when the newest one was copied.
-        """
-        if ends_epoch:
-            return "epoch"
-        if self.every_steps is not None and step % self.every_steps == 0:
-            return "steps"
-        if self.every_seconds is not None and seconds_since >= self.every_seconds:
-            return "seconds"
-        return None
-
-
 class Saves:
     """Saves the state, and keeps training alive while storage is away.
 
-    `write` returns this rank's writer; it is asked once, when something is to be written or read.
-    `precede` is how many living ranks are to try before this one, so that one writes and all see.
-    `retires` is for one rank, which reads every retained checkpoint once; `save` is
-    `RunWriter.save`, perhaps with faults. The board tells a trainer's successor of a save that has
-    died with it: that one starts again at once.
+    `write`, `retires` and `save` are the `Committer`'s. `precede` is how many living ranks are to
+    try before this one, so that one writes and all see. The board tells a trainer's successor of a
+    save that has died with it: that one starts again at once.
     """
 
     def __init__(
@@ -86,35 +61,20 @@ class Saves:
         retires: bool,
         save: Callable[[RunWriter, Snapshot, Watch], bool] = RunWriter.save,
     ) -> None:
-        self._write = write
-        self._retires = retires
-        self._save_with = save
-        self._log = log
-        self._writer: RunWriter | None = None
-        self._opening = threading.Lock()
-        self._config = config
         self._plan = plan
-        self._progress = progress
         self._board = board
-        is_auto, every_steps = config.save_every_steps == AUTO, config.save_every_steps
-        self._schedule = Schedule(
-            every_steps=every_steps if isinstance(every_steps, int) else None,
-            every_seconds=config.save_every_seconds,
+        self._committer = Committer(write, log, config, progress, board, retires=retires, save=save)
+        is_paced = config.save_every_steps == AUTO and retires
+        self._pace = Pace(log) if is_paced else None
+        self._due = Due(
+            config,
+            at_once=board.saving > 0,
+            paced=self._pace.is_due if self._pace is not None else lambda _: False,
         )
-        self._pace = Pace(log) if is_auto and retires else None
         self._saver = Saver()
         self._flight: Flight | None = None  # what the thread saves
-        self._staging: Staging | None = None  # its copy; nobody else's while it is busy
-        self._staged = (
-            threading.Lock()
-        )  # whoever fills the copy, or saves from it beside the thread
-        self._copied_at = time.monotonic()  # the newest state that was saved, or is
-        self._waiting: str | None = "retry" if board.saving else None  # why the next one is due
-        self._waiting_since = time.monotonic()
-        self._due_since: float | None = None  # the oldest state that is not durable and should be
-        self._retry_at: float | None = None
-        self._took = 0.0  # seconds that the last save took, from its copy to its record
-        self.newest: Durable | None = None  # as rank 0 tells the others with every step
+        self._staging: Staging | None = None  # its copy, and nobody else's while it is busy
+        self._staged = threading.Lock()  # held by whoever fills that, or saves beside the thread
         self.differs = False  # the ranks' copies; see `loop`
         self.shown = digest_of({}, step=0), 0  # the digest of this rank's copy, and its step
         self.precede = 0
@@ -122,10 +82,12 @@ class Saves:
     @property
     def writer(self) -> RunWriter:
         """This rank's writer. Raises `FencedError`, `StorageError`."""
-        with self._opening:
-            if self._writer is None:
-                self._writer = self._write()
-            return self._writer
+        return self._committer.writer
+
+    @property
+    def newest(self) -> Durable | None:
+        """What is durable, as rank 0 tells the others with every step."""
+        return self._committer.newest
 
     def prepare(self, state: TrainState) -> None:
         """Make the memory for copies ahead: the first save is to cost no more than a later one.
@@ -134,12 +96,16 @@ class Saves:
         """
         if self._saver.busy or state.step == 0:
             return
-        if self._staging is None:
-            with state.still():
-                self._staging = Staging(state.tensors_by_file())
-            self._saver.start(self._staging.touch)
-        elif self._pace is not None and not self._pace.is_read and self._flight is None:
-            self._saver.start(self._pace.read)
+        if self._staging is not None:
+            if self._pace is not None and not self._pace.is_read and self._flight is None:
+                self._saver.start(self._pace.read)
+        elif self._staged.acquire(blocking=False):
+            try:
+                with state.still():
+                    self._staging = Staging(state.tensors_by_file())
+                self._saver.start(self._staging.touch)
+            finally:
+                self._staged.release()
 
     def wants(self, step: int, *, ends_epoch: bool) -> bool:
         """Whether the state should be saved after `step` steps: it is due, and the thread is free.
@@ -150,9 +116,9 @@ class Saves:
         self._collect()
         if self._pace is not None:
             self._pace.stepping(beside_save=self._flight is not None)
-        reason = self._reason(step, ends_epoch=ends_epoch)
+        reason = self._due.reason(step, ends_epoch=ends_epoch)
         if reason is not None and self._saver.busy:
-            self._remember(reason)
+            self._due.remember(reason)
             return False
         return reason is not None
 
@@ -164,11 +130,11 @@ class Saves:
         Given a `comparison`, all ranks copy it now, and it is committed if all hold the same.
         """
         self._collect()
-        reason = self._reason(state.step, ends_epoch=ends_epoch)
+        reason = self._due.reason(state.step, ends_epoch=ends_epoch)
         if reason is None or self.is_durable(state):
             return
         if self._saver.busy or not self._staged.acquire(blocking=False):
-            self._remember(reason)
+            self._due.remember(reason)
             return
         began = time.monotonic()
         try:
@@ -178,13 +144,10 @@ class Saves:
             self._saver.start(partial(self._fly, copy, self._flight))
         finally:
             self._staged.release()
-        now = time.monotonic()
-        self._flight.pause_seconds = now - began
+        self._flight.pause_seconds = time.monotonic() - began
         if self._pace is not None:
             self._pace.leave_out()
-        self._due_since = self._due_since or now
-        self._copied_at = now
-        self._waiting = None
+        self._due.copied()
 
     def show(self, state: TrainState, comparison: Comparison) -> None:
         """Copy the state, and let the thread tell rank 0, which saves it, what it is."""
@@ -210,7 +173,8 @@ class Saves:
             except StorageError:  # not there now; the save below tries until the limit
                 break
             if self.is_durable(state):
-                self._publish(self.writer)
+                self._committer.publish()
+                self._due.saved()
                 return
             time.sleep(limits.LAZY_POLL_SECONDS)
         self.insist(state, reason=reason, seconds=deadline - time.monotonic())
@@ -224,7 +188,7 @@ class Saves:
         """
         deadline = time.monotonic() + seconds
         flight = self._flight
-        if flight is not None and (flight.step >= state.step or self._took > seconds):
+        if flight is not None and (flight.step >= state.step or self._committer.took > seconds):
             self._saver.wait(_SHARE_FOR_FLIGHT * seconds)
         elif flight is not None and not hurry:
             self._saver.wait(min(limits.LAND_SECONDS, _SHARE_FOR_FLIGHT * seconds))
@@ -310,7 +274,7 @@ class Saves:
 
         A step is saved once. Rows of an evaluation that came later travel with the next one.
         """
-        return self._has(state.step)
+        return self._committer.has(state.step)
 
     def close(self) -> None:
         """Give up what is under way, and tell what nobody has asked for."""
@@ -323,42 +287,17 @@ class Saves:
         if error is not None and not isinstance(error, AbandonedError):
             _events.warning("the last save failed", error=str(error))
 
-    @property
-    def _newest_step(self) -> int | None:
-        return self._writer.head.newest_step if self._writer is not None else None
-
-    def _has(self, step: int) -> bool:
-        return self._newest_step is not None and step <= self._newest_step
-
-    def _reason(self, step: int, *, ends_epoch: bool) -> str | None:
-        now = time.monotonic()
-        if self._retry_at is not None:
-            return "retry" if now >= self._retry_at else None
-        since = now - self._copied_at
-        reason = self._waiting or self._schedule.reason(
-            step=step, ends_epoch=ends_epoch, seconds_since=since
-        )
-        if reason is None and self._pace is not None and self._pace.is_due(since):
-            return "auto"
-        return reason
-
-    def _remember(self, reason: str) -> None:
-        """Save as soon as the thread is free."""
-        if self._waiting is None:
-            self._waiting, self._waiting_since = reason, time.monotonic()
-            self._due_since = self._due_since or self._waiting_since
-
     def _collect(self) -> None:
         """Take in how the last save has ended. Raises what training must not go on with."""
+        busy = self._saver.busy  # first: it may end meanwhile, and would seem to have ended well
         error = self._saver.error()
-        if error is None and self._saver.busy:
-            self._limit_flight()
+        if busy and error is None:
+            self._due.limit(newest_step=self._committer.newest_step)
             return
         flight, self._flight = self._flight, None
         match error:
             case None if flight is not None:
-                self._due_since = None if self._waiting is None else self._waiting_since
-                self._retry_at = None
+                self._due.committed()
                 self.shown = flight.digest or self.shown[0], flight.step
                 if self._pace is not None:
                     self._pace.saved(
@@ -370,35 +309,10 @@ class Saves:
                 self.shown = flight.digest or self.shown[0], flight.step
                 self.differs = True
             case StorageError() if flight is not None:
-                self._put_off(error, flight.step)
+                newest = self._committer.newest_step
+                self._due.put_off(error, step=flight.step, newest_step=newest)
             case _:
                 raise error
-
-    def _limit_flight(self) -> None:
-        unsaved = time.monotonic() - (self._due_since or time.monotonic())
-        if unsaved > self._config.max_unsaved_seconds:
-            raise self._gave_up(StorageError("a save does not come to an end"), unsaved)
-
-    def _put_off(self, error: StorageError, step: int) -> None:
-        """Warn, and try again later: training goes on. Raises `StorageError` after the limit."""
-        now = time.monotonic()
-        unsaved = now - (self._due_since or now)
-        if unsaved > self._config.max_unsaved_seconds:
-            raise self._gave_up(error, unsaved) from error
-        self._retry_at = now + limits.SAVE_RETRY_SECONDS
-        _events.warning(
-            "save failed, training goes on",
-            step=step,
-            error=str(error),
-            newest_checkpoint="none" if self._newest_step is None else self._newest_step,
-            **self._newest_copy(),
-            unsaved_seconds=round(unsaved),
-            gives_up_after_seconds=self._config.max_unsaved_seconds,
-        )
-
-    def _newest_copy(self) -> dict[str, int]:
-        step = self._writer.copied_step if self._writer is not None else None
-        return {} if step is None else {"newest_local_copy": step}
 
     def _until(self, action: Callable[[], None], failed: str, seconds: float) -> None:
         began = time.monotonic()
@@ -408,21 +322,14 @@ class Saves:
                 action()
             except StorageError as error:
                 if time.monotonic() > deadline:
-                    since = self._due_since or began
-                    raise self._gave_up(error, time.monotonic() - since) from error
+                    unsaved = max(self._due.unsaved_seconds(), time.monotonic() - began)
+                    newest = self._committer.newest_step
+                    raise self._due.gave_up(error, unsaved, newest_step=newest) from error
                 _events.warning(f"{failed}, trying again", error=str(error))
                 left = deadline - time.monotonic()
                 time.sleep(max(0.0, min(limits.SAVE_RETRY_SECONDS, left)))
             else:
                 return
-
-    def _gave_up(self, error: StorageError, seconds: float) -> StorageError:
-        newest = "none" if self._newest_step is None else f"step {self._newest_step}"
-        return StorageError(
-            f"storage has failed for {seconds:.0f} s (limit --max-unsaved-seconds "
-            f"{self._config.max_unsaved_seconds:g}): {error}; newest checkpoint: {newest}; free "
-            "space or bring the storage back, then the same command goes on"
-        )
 
     def _land(self) -> None:
         """Let a save that is under way come to its end, in time, or give it up."""
@@ -455,8 +362,8 @@ class Saves:
             raise StorageError("another thread of this process has been saving until now")
         try:
             if not self.is_durable(state):
-                self._save_copy(self._copy(state, reason), UNWATCHED)
-            self._retry_at = self._waiting = self._due_since = None
+                self._committer.commit(self._copy(state, reason), UNWATCHED)
+            self._due.saved()
         finally:
             self._staged.release()
 
@@ -476,69 +383,10 @@ class Saves:
 
     def _fly(self, copy: Copy, flight: Flight) -> None:
         began = time.monotonic()
-        self._save_copy(copy, flight)
+        self._committer.commit(copy, flight)
         flight.seconds = time.monotonic() - began
         if self._pace is not None and not self._pace.is_read:
             self._pace.read()
-
-    def _save_copy(self, copy: Copy, watch: Watch) -> None:
-        """Make a copy durable: on the thread, or on the one that cannot wait for it."""
-        writer = self.writer
-        saved = not self._has(copy.step) and self._write_copy(writer, copy, watch)
-        self._board.saving = 0
-        self._publish(writer)
-        if saved and self._retires:
-            self._retire(writer, watch)
-
-    def _write_copy(self, writer: RunWriter, copy: Copy, watch: Watch) -> bool:
-        started = time.monotonic()
-        snapshot = copy.snapshot()
-        try:
-            saved = self._save_with(writer, snapshot, watch)
-        except StorageError:
-            with suppress(StorageError):  # away for this, too
-                writer.refresh()  # a newer attempt sweeps files under way: then it is fenced
-            raise
-        if saved:  # else another rank was faster
-            self._took = time.monotonic() - started
-            self._progress.saved(copy.step)
-            _events.info(
-                "saved",
-                step=copy.step,
-                reason=copy.reason,
-                bytes=sum(map(len, snapshot.files.values())),
-                seconds=round(self._took, 3),
-            )
-        return saved
-
-    def _publish(self, writer: RunWriter) -> None:
-        """Let all ranks know what is durable, with the next step."""
-        head = writer.head
-        retained = head.checkpoints[-1] if head.checkpoints else None
-        if retained is None or (self.newest is not None and self.newest.index == retained.index):
-            return
-        try:
-            found = lineage.commit(self._log, retained.index).checkpoint
-        except (DamagedRecordError, StorageError):  # rows are saved twice rather than never
-            return
-        self.newest = Durable(
-            index=retained.index,
-            step=found.step,
-            epoch=found.ledger[-1].epoch if found.ledger else 0,
-            evaluated=found.evaluated,
-        )
-
-    def _retire(self, writer: RunWriter, watch: Watch) -> None:
-        try:
-            writer.retire(
-                keep_last=self._config.keep_last,
-                keep_every=self._config.keep_every,
-                watch=watch,
-            )
-        except AbandonedError:  # the next save does it
-            return
-        except StorageError as error:
-            _events.warning("old checkpoints were not deleted", error=str(error))
 
     def _tell(self, copy: Copy, comparison: Comparison) -> None:
         digest = digest_of(describe(copy.staging.files()), step=copy.step)

@@ -61,11 +61,11 @@ class Door(MemoryStorage):
         self._opened = threading.Event()
 
     def create(self, path: str, data: bytes) -> None:
-        if self.fails:
-            raise StorageError("as if it were away")
         if self.shut_at is not None and self.shut_at in path:
             self.waiting += 1
             assert self._opened.wait(SECONDS), "a test did not open the door"
+        if self.fails:
+            raise StorageError("as if it were away")
         super().create(path, data)
 
     def shut(self, at: str = MODEL) -> None:
@@ -271,7 +271,7 @@ def test_a_bug_beside_training_is_raised_at_the_next_step() -> None:
         def wrong(*_: object) -> bool:
             raise IndexError("a bug")
 
-        training.saves._save_with = wrong
+        training.saves._committer._save = wrong
         training.turn()
         training.settle()
         with pytest.raises(IndexError, match="a bug"):
@@ -307,6 +307,26 @@ def test_a_save_that_does_not_come_back_ends_the_training_after_its_limit() -> N
                 return "a save does not come to an end" in str(error)
 
         wait_for(ends, "the end of the training")
+
+
+def test_an_error_that_comes_while_one_looks_is_not_taken_for_success() -> None:
+    with trained() as (training, storage):
+        storage.fails = True
+        storage.shut("")
+        training.turn()
+        error = training.saves._saver.error
+
+        def ends_meanwhile() -> BaseException | None:
+            found = error()
+            storage.open()
+            training.settle()
+            return found
+
+        training.saves._saver.error = ends_meanwhile  # type: ignore[method-assign]
+        training.saves.wants(4, ends_epoch=False)
+        training.saves._saver.error = error  # type: ignore[method-assign]
+        training.saves.wants(4, ends_epoch=False)
+        assert training.saves._due._retry_at is not None
 
 
 def test_a_thread_that_has_died_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,13 +403,26 @@ def test_a_save_that_hangs_does_not_keep_a_drain_from_saving(
         assert len(training.folders()) == 1
 
 
+def test_training_that_goes_on_after_it_was_secured_owes_nothing() -> None:
+    with trained(save_every_steps=100, max_unsaved_seconds=0.05) as (training, storage):
+        storage.shut()
+        training.saves._due.remember("steps")
+        training.turn()
+        storage.await_somebody()
+        training.advance()
+        threading.Timer(0.2, storage.open).start()
+        training.saves.secure(training.state, reason="survivor", seconds=SECONDS)
+        assert training.saves._due.unsaved_seconds() == 0
+        assert not training.turn()
+
+
 def test_where_saves_take_longer_than_a_drain_the_one_under_way_is_waited_for() -> None:
     with trained() as (training, storage):
         storage.shut()
         training.turn()
         storage.await_somebody()
         training.advance()
-        training.saves._took = 2 * SECONDS
+        training.saves._committer.took = 2 * SECONDS
         threading.Timer(0.2, storage.open).start()
         training.saves.secure(training.state, reason="drain", seconds=SECONDS)
         assert list(training.committed()) == [3, 4]

@@ -66,10 +66,10 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/distributed/interface.py::_ipv4_address": (1, "an interface without an address"),
     "fmnist_dist/distributed/roster.py::_parent_identity": (1, "no /proc: named without its start"),
     "fmnist_dist/inspection/foundrun.py::_names": (1, "somebody else's folder is no candidate"),
-    "fmnist_dist/saves.py::Saves._publish": (1, "rows are saved twice; the next save tells"),
-    "fmnist_dist/saves.py::Saves._retire": (1, "given up for a newer save, which retires"),
+    "fmnist_dist/committer.py::Committer.publish": (1, "rows are saved twice; the next save tells"),
+    "fmnist_dist/committer.py::Committer._retire": (1, "given up for a newer save, which retires"),
     "fmnist_dist/saves.py::Saves.secure": (1, "the save that follows tells"),
-    "fmnist_dist/saves.py::Saves._write_copy": (1, "the save's own error is raised on"),
+    "fmnist_dist/committer.py::Committer._commit": (1, "the save's own error is raised on"),
     "fmnist_dist/trainer.py::Trainer._secure": (1, "all may save: the log admits one"),
     "fmnist_dist/trainer.py::Trainer._join.has_failed": (1, "failed; the main thread finds why"),
     # The work is done already, by whomever.

@@ -43,7 +43,10 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     # Locks, each held for work that ends.
     "fmnist_dist/lookout.py::Lookout.watching": (2, "held for one store call: ANSWER_SECONDS"),
     "fmnist_dist/lookout.py::Lookout._break_off": (1, "held while the two lines above assign"),
-    "fmnist_dist/saves.py::Saves.writer": (1, "held for reads of the log: the storage's limits"),
+    "fmnist_dist/committer.py::Committer.writer": (
+        1,
+        "held for reads of the log: the storage's limits",
+    ),
     "fmnist_dist/checkpoint/writer.py::RunWriter._append": (1, "held for appends: the same"),
     "fmnist_dist/checkpoint/writer.py::RunWriter.save": (1, "held for its append: the same"),
     # The system's own limits.

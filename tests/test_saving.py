@@ -26,8 +26,8 @@ from running import running
 from fmnist_dist import limits
 from fmnist_dist.checkpoint.record import Finish
 from fmnist_dist.distributed.stop import StopRequest
+from fmnist_dist.due import Schedule
 from fmnist_dist.errors import ExitCode
-from fmnist_dist.saves import Schedule
 
 EVERY_TWO = ("--max-steps", "8", "--save-every-steps", "2")
 MiB = 1 << 20
