@@ -141,13 +141,14 @@ class Saves:
             self._board.saving = state.step
             copy = self._copy(state, reason)
             self._flight = Flight(state.step, comparison)
+            self._flight.pause_seconds = time.monotonic() - began
+            if self._pace is not None:
+                self._pace.leave_out()
+            self._due.copied()
+            # Last: a thread that was woken takes Python's lock from this one.
             self._saver.start(partial(self._fly, copy, self._flight))
         finally:
             self._staged.release()
-        self._flight.pause_seconds = time.monotonic() - began
-        if self._pace is not None:
-            self._pace.leave_out()
-        self._due.copied()
 
     def show(self, state: TrainState, comparison: Comparison) -> None:
         """Copy the state, and let the thread tell rank 0, which saves it, what it is."""

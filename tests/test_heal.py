@@ -242,7 +242,8 @@ def test_a_bit_that_flips_in_one_ranks_memory_is_found_and_never_saved(tmp_path:
     assert "the ranks hold different states" in text, text
     # Of the states before it flipped, the newest that was saved: a save runs beside steps.
     assert re.search(r'resumed  checkpoint=("step [1-4]"|none) ', text), text
-    assert len(show(run)["attempts"]) == 2
+    # It flips at the fifth update of each process: for one that went on from step 3 once more.
+    assert 2 <= len(show(run)["attempts"]) <= 3
     assert files_of_newest(run) == files_of_newest(tmp_path / "undisturbed")
 
 
