@@ -626,9 +626,10 @@ def test_a_trainer_that_is_killed_in_a_save_heals_and_the_save_starts_again(
     assert "fault: crash at save, call 1, rank 0" in text
     assert "worker lost, a new one takes its place" in text
     again, regular, *_ = checkpoints(job.run)
+    # Alone, it goes on from its keeper's copy, which may be some steps older than what was due.
     assert again.reason == "retry"
-    assert every <= again.step < 2 * every
-    assert regular.step >= 2 * every
+    assert every - 10 <= again.step < 2 * every
+    assert (regular.reason, regular.step > again.step) == ("steps", True)
     assert_sound(job.run)
 
 
