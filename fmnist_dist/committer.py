@@ -65,6 +65,11 @@ class Committer:
         """The newest step that is known to be durable; nothing is asked for it."""
         return self._writer.head.newest_step if self._writer is not None else None
 
+    @property
+    def copied_step(self) -> int | None:
+        """The step of the newest copy in a local tier, if there is one."""
+        return self._writer.copied_step if self._writer is not None else None
+
     def has(self, step: int) -> bool:
         """Whether a state as new is known to be durable."""
         return self.newest_step is not None and step <= self.newest_step

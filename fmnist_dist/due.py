@@ -96,7 +96,14 @@ class Due:
         self.copied()
         self.committed()
 
-    def put_off(self, error: StorageError, *, step: int, newest_step: int | None) -> None:
+    def put_off(
+        self,
+        error: StorageError,
+        *,
+        step: int,
+        newest_step: int | None,
+        copied_step: int | None,
+    ) -> None:
         """Warn, and try again later: training goes on. Raises `StorageError` after the limit."""
         unsaved = self.unsaved_seconds()
         if unsaved > self._limit:
@@ -107,6 +114,7 @@ class Due:
             step=step,
             error=str(error),
             newest_checkpoint="none" if newest_step is None else newest_step,
+            **({} if copied_step is None else {"newest_local_copy": copied_step}),
             unsaved_seconds=round(unsaved),
             gives_up_after_seconds=self._limit,
         )

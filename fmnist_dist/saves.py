@@ -310,8 +310,12 @@ class Saves:
                 self.shown = flight.digest or self.shown[0], flight.step
                 self.differs = True
             case StorageError() if flight is not None:
-                newest = self._committer.newest_step
-                self._due.put_off(error, step=flight.step, newest_step=newest)
+                self._due.put_off(
+                    error,
+                    step=flight.step,
+                    newest_step=self._committer.newest_step,
+                    copied_step=self._committer.copied_step,
+                )
             case _:
                 raise error
 
