@@ -67,8 +67,8 @@ def test_what_is_read_is_what_the_library_reads() -> None:
 
 def test_a_restored_state_is_the_saved_one_and_holds_nothing_of_the_files() -> None:
     saved, restored = trained(), new_state()
-    staging = Staging(saved)
-    staging.copy(saved)
+    staging = Staging(saved.tensors_by_file())
+    staging.copy(saved.tensors_by_file())
     files = {name: bytearray(data) for name, data in staging.files().items()}
     restored.load(
         {name: memoryview(data) for name, data in files.items()},
