@@ -220,7 +220,7 @@ def private(run: Path) -> str:
     return f"mount -t tmpfs none {run}"
 
 
-@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("node", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_new_run_in_a_folder_that_is_private_to_a_node_is_refused_on_all(
     node: int, network: Network, tmp_path: Path
 ) -> None:

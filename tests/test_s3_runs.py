@@ -95,6 +95,7 @@ def test_a_run_on_s3_is_killed_goes_on_and_ends_with_the_bits_of_a_run_on_disk(
     assert not run.root.exists()  # nothing of it is on disk
 
 
+@pytest.mark.slow
 def test_every_command_that_takes_a_run_takes_one_on_s3(
     run: SmallRun, stored: PlainStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +261,7 @@ def test_a_store_that_is_killed_in_a_save_comes_back_and_a_signal_saves_there(
     assert len(bodies(stored, Attempt)) == 2
 
 
+@pytest.mark.slow
 def test_what_a_keeper_holds_is_saved_to_s3_when_its_trainer_dies_in_a_drain(
     s3_url: str, stored: PlainStorage, tmp_path: Path
 ) -> None:
@@ -279,6 +281,7 @@ def test_what_a_keeper_holds_is_saved_to_s3_when_its_trainer_dies_in_a_drain(
     assert_sound(stored)
 
 
+@pytest.mark.slow
 def test_a_second_launch_ends_the_first_on_s3(
     run: SmallRun, stored: PlainStorage, small_sha256: str
 ) -> None:
