@@ -375,6 +375,7 @@ def test_an_evaluation_that_is_no_number_is_no_bug(started: SmallRun) -> None:
     assert kinds(started.root)[-1] != "finish"
 
 
+@pytest.mark.slow
 def test_more_workers_than_logical_shards_is_said_once_and_not_tried_again(tmp_path: Path) -> None:
     flags = ["--logical-shards", "2", "--batch-size", "64", "--device", "cpu"]
     with running(Job(tmp_path / "run", flags, workers=3, max_restarts=5)) as job:

@@ -81,6 +81,7 @@ def test_every_signal_at_any_time_stops_a_launch_and_the_next_one_goes_on(tmp_pa
     assert len(show(run)["attempts"]) == 5
 
 
+@pytest.mark.slow
 def test_a_drain_during_an_evaluation_or_a_save_loses_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for flags, point in (

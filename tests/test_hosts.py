@@ -150,6 +150,7 @@ def test_a_node_is_cut_off_under_the_limits_that_users_have(
     assert_same(launch.run, undisturbed, lost_steps=[0, 0, 0])
 
 
+@pytest.mark.slow
 def test_where_the_host_of_the_rendezvous_is_lost_all_is_saved_and_the_next_launch_goes_on(
     network: Network, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ def test_lost_trainers_are_replaced_in_place_by_ones_that_save_to_s3(
     assert_sound(stored)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_killed_in_a_save_comes_back_and_a_signal_saves_there(
     undisturbed: Mapping[str, str],
     proxied_url: str,

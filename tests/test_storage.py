@@ -154,25 +154,38 @@ class TestContract:
         assert storage.list(TEMPORARY_FOLDER) == []
 
 
-@pytest.mark.parametrize("storage", ["local", "model", "memory", "s3"], indirect=True)
+@pytest.mark.parametrize(
+    "storage",
+    # SeaweedFS 4 leaves some of eight puts at once of one name without an answer until the client
+    # gives that connection up, after 10 s; `test_races.py` has two launches at once.
+    ["local", "model", "memory", pytest.param("s3", marks=[pytest.mark.slow])],
+    indirect=True,
+)
+@pytest.mark.timeout(900)
 def test_of_many_threads_exactly_one_creates_an_object(storage: Storage) -> None:
     won: list[tuple[int, str]] = []
+    failed: list[Exception] = []
     together = threading.Barrier(RACERS)
 
     def race(racer: int) -> None:
-        for number in range(30):
-            together.wait()
-            try:
-                storage.create(f"log/{number}", b"%d" % racer)
-            except AlreadyExistsError:
-                continue
-            won.append((racer, f"log/{number}"))
+        try:
+            for number in range(30):
+                together.wait(120)
+                try:
+                    storage.create(f"log/{number}", b"%d" % racer)
+                except AlreadyExistsError:
+                    continue
+                won.append((racer, f"log/{number}"))
+        except Exception as error:
+            failed.append(error)
+            together.abort()  # or the others would wait for this one
 
     threads = [threading.Thread(target=race, args=(each,)) for each in range(RACERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert not failed
     assert Counter(path for _, path in won) == {f"log/{number}": 1 for number in range(30)}
     assert all(storage.read(path) == b"%d" % racer for racer, path in won)
 
