@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from alone import FLAGS, Alone
 from jobs import Job, alive, is_pending, reached, show, stop, wait_for, wait_for_step
 from run_files import assert_sound, checkpoints
