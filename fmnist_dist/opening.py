@@ -26,7 +26,6 @@ from fmnist_dist.distributed.fingerprint import fingerprint
 from fmnist_dist.distributed.share import broadcast
 from fmnist_dist.distributed.world import World
 from fmnist_dist.errors import (
-    ExitCode,
     FmnistDistError,
     IncompatibleError,
     NoProgressError,
@@ -127,32 +126,6 @@ def open_run(
     A storage that refuses this user is one that does not fit: nothing of this launch would ever be
     saved there. (Once training goes on it is one that is away.)
     """
-    try:
-        return _open_run(
-            launch,
-            joined,
-            place,
-            disk=disk,
-            agents=agents,
-            num_samples=num_samples,
-            known=known,
-            suspect=suspect,
-        )
-    except RefusedError as error:
-        raise IncompatibleError(f"--run-dir {place}: {error}") from error
-
-
-def _open_run(
-    launch: Launch,
-    joined: World,
-    place: Place,
-    *,
-    disk: Disk,
-    agents: Sequence[str],
-    num_samples: int,
-    known: str | None,
-    suspect: int | None,
-) -> Run | None:
     if not joined.is_main:
         log = RunLog(place.storage())
         text = joined.hear("resumption")
@@ -161,7 +134,8 @@ def _open_run(
         if text == "done":
             return None
         resumption = Resumption.from_json(text)
-        _check_shared(log, place, resumption, joined)
+        with _refusals_final(place):
+            _check_shared(log, place, resumption, joined)
         names = json.loads(joined.hear("files"))
         received = {name: broadcast(joined, None, source=0, key=f"file/{name}") for name in names}
         return follow_run(launch, place, resumption, agents=agents, files=received)
@@ -174,20 +148,19 @@ def _open_run(
         )
     try:
         log = RunLog(storage)
-        taken = _take_over(
-            launch,
-            joined,
-            storage,
-            log,
-            place,
-            agents=agents,
-            num_samples=num_samples,
-            suspect=suspect,
-        )
+        with _refusals_final(place):
+            taken = _take_over(
+                launch,
+                joined,
+                storage,
+                log,
+                place,
+                agents=agents,
+                num_samples=num_samples,
+                suspect=suspect,
+            )
     except FmnistDistError as error:
-        final = isinstance(error, RefusedError)
-        code = ExitCode.INCOMPATIBLE if final else error.exit_code
-        joined.tell("resumption", f"failed {int(code)}")
+        joined.tell("resumption", f"failed {int(error.exit_code)}")
         joined.await_heard("resumption")
         raise
     if taken is None:
@@ -204,6 +177,15 @@ def _open_run(
     for name, data in files.items():
         broadcast(joined, data, source=0, key=f"file/{name}", digest=recorded[name].sha256)
     return Run(log=log, write=lambda: writer, resumption=resumption, files=files)
+
+
+@contextmanager
+def _refusals_final(place: Place) -> Iterator[None]:
+    """Turn a storage's refusal of this user, `RefusedError`, into an `IncompatibleError`."""
+    try:
+        yield
+    except RefusedError as error:
+        raise IncompatibleError(f"--run-dir {place}: {error}") from error
 
 
 def follow_run(

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,37 +118,44 @@ def test_a_group_that_does_not_end_does_not_keep_a_finished_run_from_ending(
     assert os.waitstatus_to_exitcode(status) == ExitCode.FINISHED
 
 
+def in_a_group_that_is_broken_off(act: Callable[[Board, list[float]], None]) -> int:
+    """Act as the main thread of a trainer whose generation has failed; return the wait status.
+
+    `act` gets the board, and a list of the times at which the group was broken off.
+    """
+
+    def main() -> None:
+        board, seen = Board.create(), []
+        deaf: Any = SimpleNamespace(break_off=lambda: seen.append(time.monotonic()))
+        with stop.listen() as request:
+            lookout = Lookout(board, request, drain_seconds=20)
+            with lookout.running(), lookout.watching(deaf, lambda: True):
+                act(board, seen)
+        assert seen
+
+    return status_of(main)
+
+
 def test_a_broken_group_is_left_wherever_the_main_thread_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It may be about to enter a collective; it is not ended, since it may as well be at work."""
     monkeypatch.setattr(limits, "LEAVE_SECONDS", 0.2)
 
-    def computes() -> None:
-        board, seen = Board.create(), []
-        deaf: Any = SimpleNamespace(break_off=lambda: seen.append(time.monotonic()))
-        with stop.listen() as request:
-            lookout = Lookout(board, request, drain_seconds=20)
-            with lookout.running(), lookout.watching(deaf, lambda: True):
-                board.enter(Section.COMPUTE)
-                wait_for(lambda: len(seen) > 5, "looks well after the limit")
+    def computes(board: Board, seen: list[float]) -> None:
+        board.enter(Section.COMPUTE)
+        wait_for(lambda: len(seen) > 5, "looks well after the limit")
 
-    assert status_of(computes) == 0
+    assert in_a_group_that_is_broken_off(computes) == 0
 
 
 def test_a_collective_that_ends_in_time_costs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LEAVE_SECONDS", 1.0)
 
-    def ends() -> None:
-        board, seen = Board.create(), []
-        deaf: Any = SimpleNamespace(break_off=lambda: seen.append(time.monotonic()))
-        with stop.listen() as request:
-            lookout = Lookout(board, request, drain_seconds=20)
-            with lookout.running(), lookout.watching(deaf, lambda: True):
-                board.enter(Section.COLLECTIVE)
-                wait_for(lambda: seen, "the break")
-                board.enter(Section.MEETING)
-                time.sleep(1.5)
-        assert seen
+    def ends(board: Board, seen: list[float]) -> None:
+        board.enter(Section.COLLECTIVE)
+        wait_for(lambda: seen, "the break")
+        board.enter(Section.MEETING)
+        time.sleep(1.5)
 
-    assert status_of(ends) == 0
+    assert in_a_group_that_is_broken_off(ends) == 0

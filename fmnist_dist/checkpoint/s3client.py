@@ -108,6 +108,7 @@ class S3Client:
     ) -> T:
         """Try until it succeeds, what went wrong is not in `again`, or the time is over."""
         tries, began = 0, time.monotonic()
+        said: BaseException | None = None
         while True:
             tries += 1
             seconds = min(patience.left, limits.STORAGE_REQUEST_SECONDS + _seconds_of(size))
@@ -116,6 +117,8 @@ class S3Client:
                     answer = await request()
             except _FAILURES as error:
                 meaning = Meaning.of(error)
+                # The last try may only have had no time left: what came before says more.
+                said = said if said is not None and isinstance(error, TimeoutError) else error
                 self._is_answered |= not isinstance(error, EndpointConnectionError)
                 if not self._is_answered:
                     patience.shorten(began + limits.STORAGE_FIRST_SECONDS)
@@ -124,7 +127,7 @@ class S3Client:
                 longest = limits.STORAGE_PAUSE_SECONDS * 2**tries
                 pause = random.uniform(0, min(longest, limits.STORAGE_LONGEST_PAUSE_SECONDS))
                 if meaning not in again or pause > patience.left:
-                    text = line(error)
+                    text = line(said)
                     tried = f" ({tries} tries in {time.monotonic() - began:.0f} s)"
                     raise S3Failure(meaning, text + tried * (tries > 1)) from error
             else:
