@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from fmnist_dist import limits
+from fmnist_dist.checkpoint.deadline import within
 from fmnist_dist.checkpoint.folder import describe
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.storage import StorageError
@@ -324,15 +325,16 @@ class Saves:
         deadline = began + seconds
         while True:
             try:
-                action()
+                with within(deadline - time.monotonic()):
+                    action()
             except StorageError as error:
-                if time.monotonic() > deadline:
+                left = deadline - time.monotonic()
+                if left < min(limits.LAST_TRY_SECONDS, seconds / 10):
                     unsaved = max(self._due.unsaved_seconds(), time.monotonic() - began)
                     newest = self._committer.newest_step
                     raise self._due.gave_up(error, unsaved, newest_step=newest) from error
                 _events.warning(f"{failed}, trying again", error=str(error))
-                left = deadline - time.monotonic()
-                time.sleep(max(0.0, min(limits.SAVE_RETRY_SECONDS, left)))
+                time.sleep(min(limits.SAVE_RETRY_SECONDS, left / 2))
             else:
                 return
 

@@ -21,6 +21,11 @@ main() {
   config=$("$PYTHON_IN_VENV" -m fmnist_dist.settings "$@")
   logical_shards=$(setting "$config" logical_shards)
   run_dir=$(setting "$config" run_dir)
+  case $run_dir in # what else it needs: the extras of pyproject.toml
+  s3://* | s3a://*) set_up s3 ;;
+  gs://* | gcs://*) set_up gcs ;;
+  az://* | abfs://* | abfss://*) set_up azure ;;
+  esac
 
   local workers=${NPROC_PER_NODE:-}
   if [[ -z $workers ]]; then

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: a virtual environment in .venv, installed once.
 #
-#   set_up run | test    afterwards $PYTHON_IN_VENV has the package, with what its tests need or not
+#   set_up run | test | s3 | gcs | azure    afterwards $PYTHON_IN_VENV has the package, with what
+#                                           its tests or that storage need, if anything
 #
 # A stamp in .venv holds what was installed, and is written last: while it fits, a call costs one
 # start of Python. Two calls at once wait for each other. LAUNCH_PYTHON=path/to/python uses an
@@ -55,7 +56,7 @@ is_installed() { # is_installed EXTRA
 
 install_package() { # install_package EXTRA
   local what=$ROOT python
-  [[ $1 == test ]] && what="${ROOT}[test]"
+  [[ $1 == run ]] || what="${ROOT}[$1]"
   if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     say "creating $VENV with $python"
@@ -68,8 +69,9 @@ install_package() { # install_package EXTRA
   "$VENV/bin/python" -c 'import torch, fmnist_dist' ||
     die 75 "what pip installed does not work; remove $VENV and call $SCRIPT again"
   identity >"$VENV/stamp-$$"
-  # What suffices for the tests suffices for a run.
+  # What suffices for the tests, or for any storage, suffices for a run; the tests have S3 as well.
   [[ $1 == run ]] || cp "$VENV/stamp-$$" "$VENV/installed-run"
+  [[ $1 != test ]] || cp "$VENV/stamp-$$" "$VENV/installed-s3"
   mv "$VENV/stamp-$$" "$VENV/installed-$1"
 }
 

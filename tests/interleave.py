@@ -210,12 +210,13 @@ class StagedStorage(MemoryStorage):
         self._arrivals()
         return super().list(folder)
 
-    def delete(self, path: str) -> None:
-        self._stage.point(f"delete {path}")
-        existed = path in self.objects
-        super().delete(path)
-        if existed:
-            self.deleted(path)
+    def delete(self, *paths: str) -> None:
+        for path in paths:
+            self._stage.point(f"delete {path}")
+            existed = path in self.objects
+            super().delete(path)
+            if existed:
+                self.deleted(path)
 
     def delete_folder(self, folder: str) -> None:
         for name in self.list(folder):

@@ -31,9 +31,10 @@ class MemoryStorage:
             inside = (path.removeprefix(f"{folder}/") for path in self._inside(folder))
             return sorted({path.partition("/")[0] for path in inside})
 
-    def delete(self, path: str) -> None:
-        with self._lock:
-            self.objects.pop(path, None)
+    def delete(self, *paths: str) -> None:
+        for path in paths:
+            with self._lock:
+                self.objects.pop(path, None)
 
     def delete_folder(self, folder: str) -> None:
         with self._lock:

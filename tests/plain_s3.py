@@ -37,8 +37,9 @@ class PlainStorage:
         prefix = f"{self._prefix}{folder}/"
         return sorted({key.removeprefix(prefix).split("/")[0] for key in self._keys(prefix)})
 
-    def delete(self, path: str) -> None:
-        self._client.delete_object(**self._at(path))
+    def delete(self, *paths: str) -> None:
+        for path in paths:
+            self._client.delete_object(**self._at(path))
 
     def delete_folder(self, folder: str) -> None:
         for key in self._keys(f"{self._prefix}{folder}/"):

@@ -163,12 +163,13 @@ class Network(MemoryStorage):
         _fail(self._strikes())
         return super().list(folder)
 
-    def delete(self, path: str) -> None:
-        kind = self._strikes()
-        if path in self.objects:
-            super().delete(path)
-            self._model.deleted(path)
-        _fail(kind)
+    def delete(self, *paths: str) -> None:
+        for path in paths:
+            kind = self._strikes()
+            if path in self.objects:
+                super().delete(path)
+                self._model.deleted(path)
+            _fail(kind)
 
     def delete_folder(self, folder: str) -> None:
         for name in self.list(folder):

@@ -76,7 +76,7 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/checkpoint/hint.py::forget": (1, "the next hint fails likewise, and tells"),
     "fmnist_dist/checkpoint/objects.py::ObjectStorage.delete": (1, "gone already"),
     "fmnist_dist/checkpoint/objects.py::ObjectStorage.delete_folder": (1, "gone already"),
-    "fmnist_dist/checkpoint/s3bucket.py::Bucket.delete": (1, "gone already; else it raises"),
+    "fmnist_dist/checkpoint/s3bucket.py::Bucket._delete_one": (1, "gone already; else it raises"),
     "fmnist_dist/checkpoint/s3bucket.py::Bucket._abort": (1, "gone already; else it raises"),
     "fmnist_dist/checkpoint/local.py::LocalStorage.create": (1, "no leftover there to remove"),
     "fmnist_dist/checkpoint/local.py::LocalStorage._create": (1, "no temporary file to remove"),

@@ -18,6 +18,8 @@ case "$*" in
 "-c import ensurepip, venv") exit "${ENSUREPIP_CODE:-0}" ;;
 "-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
 "-m pip install"*) [[ ! -p $GATE ]] || read -r <"$GATE"; exit "${PIP_CODE:-0}" ;;
+"-c import sys, tomllib"*run_dir) echo "$RUN_DIR" ;;
+"-c import sys, tomllib"*) echo 2 ;;
 esac
 """
 
@@ -93,6 +95,33 @@ def test_what_suffices_for_the_tests_suffices_for_a_run_but_not_the_reverse(
     machine.set_up("test")
     machine.set_up("run")
     assert [line.endswith("[test]") for line in machine.installs()] == [False, True]
+
+
+def test_what_suffices_for_the_tests_or_a_storage_suffices_for_a_run(machine: Machine) -> None:
+    for extra in ("gcs", "run", "gcs", "test", "s3", "run"):
+        machine.set_up(extra)
+    assert [line.rpartition("[")[2] for line in machine.installs()] == ["gcs]", "test]"]
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "extras"),
+    [("s3://bucket/run", ["[s3]"]), ("abfs://box/run", ["[azure]"]), ("runs/s3", [])],
+)
+def test_a_training_gets_what_the_storage_of_its_run_needs(
+    machine: Machine, run_dir: str, extras: list[str]
+) -> None:
+    done = subprocess.run(
+        [str(shutil.which("bash")), str(machine.tree / "launch" / "local.sh")],
+        env=machine.environment | {"RUN_DIR": run_dir, "NPROC_PER_NODE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    first, *more = machine.installs()
+    assert first.endswith(str(machine.tree)), done.stderr
+    assert [line.removeprefix(first) for line in more] == extras
+    calls = machine.calls.read_text()
+    assert calls.rindex("-m pip install") < calls.index("-m torch.distributed.run")
 
 
 def test_an_install_that_failed_leaves_no_stamp(machine: Machine) -> None:

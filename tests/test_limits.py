@@ -19,6 +19,8 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     # Turns that cannot go on for ever.
     "fmnist_dist/loop.py::train": (1, "ends at the last step; the watchdog looks at each one"),
     "fmnist_dist/checkpoint/s3client.py::S3Client.attempt": (1, "its patience"),
+    "fmnist_dist/checkpoint/deadline.py::within": (1, "a variable is no wait"),
+    "fmnist_dist/checkpoint/deadline.py::deadline": (1, "a variable is no wait"),
     "fmnist_dist/checkpoint/s3client.py::together": (1, "the group of tasks has ended"),
     "fmnist_dist/checkpoint/restore.py::read_checkpoint": (1, "a checksum of bytes in memory"),
     "fmnist_dist/checkpoint/restore.py::read_newest": (1, "each turn leaves a checkpoint out"),

@@ -26,6 +26,7 @@ from seaweed import Seaweed, child_environ
 
 from fmnist_dist import limits
 from fmnist_dist.checkpoint import s3bucket, s3client
+from fmnist_dist.checkpoint.deadline import within
 from fmnist_dist.checkpoint.folder import write_file
 from fmnist_dist.checkpoint.s3 import S3Storage
 from fmnist_dist.checkpoint.storage import (
@@ -343,7 +344,8 @@ def test_an_error_in_an_answer_that_says_200_is_an_error(
 def test_a_folder_of_which_one_object_cannot_be_deleted_is_not_said_to_be_deleted(
     storage: S3Storage, s3_proxy: FaultyProxy, plain: PlainStorage
 ) -> None:
-    storage.create("folder/x", SMALL)
+    for name in ("x", "y"):
+        storage.create(f"folder/{name}", SMALL)
     said = (
         b"<DeleteResult><Error><Key>folder/x</Key><Code>InternalError</Code></Error></DeleteResult>"
     )
@@ -352,7 +354,7 @@ def test_a_folder_of_which_one_object_cannot_be_deleted_is_not_said_to_be_delete
         pytest.raises(StorageError, match="InternalError"),
     ):
         storage.delete_folder("folder")
-    assert plain.list("folder") == ["x"]
+    assert plain.list("folder") == ["x", "y"]
 
 
 UPLOADING = """
@@ -430,6 +432,20 @@ def test_a_server_that_is_killed_in_the_middle_of_a_save_and_comes_back_has_all_
     assert restored is not None
     assert restored.files == files_of(10)
     assert swept.orphans == ()
+
+
+@pytest.mark.parametrize("kind", ["stalled", "error"])
+def test_whoever_has_less_time_than_an_operation_may_take_gets_its_error_in_that_time(
+    storage: S3Storage, s3_proxy: FaultyProxy, kind: str
+) -> None:
+    storage.create("small/x", SMALL)
+    for verb in (lambda: storage.read("small/x"), lambda: storage.create("large/x", LARGE)):
+        fault = Fault(kind, "GET|PUT|POST", times=ALWAYS)
+        began = time.monotonic()
+        with s3_proxy.during(fault), within(0.5), within(60), pytest.raises(StorageError):
+            verb()
+        assert time.monotonic() - began < PATIENT["STORAGE_SECONDS"] / 4
+    assert storage.read("small/x") == SMALL  # the limit was that of the block
 
 
 def test_a_small_object_that_cannot_be_read_is_given_up_as_soon_as_a_small_one_should_be(

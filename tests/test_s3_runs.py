@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,25 @@ def test_a_store_that_is_killed_in_a_save_comes_back_and_a_signal_saves_there(
     assert f'checkpoint="step {last}" attempt=2 lost_steps=0' in text
     assert files_of_newest(proxied_url) == undisturbed
     assert len(bodies(stored, Attempt)) == 2
+
+
+def test_a_drain_ends_in_its_time_though_the_store_does_not_answer(
+    proxied_url: str, s3_proxy: FaultyProxy, stored: PlainStorage, tmp_path: Path
+) -> None:
+    """One operation may take a minute, a drain three seconds; no keeper is there to end it."""
+    environ = {"FMNIST_DIST_NO_KEEPER": "true"}
+    flags = ("--drain-seconds=3", "--save-every-steps=4")
+    with Alone(proxied_url, *LONG, *flags, logs=tmp_path, **environ) as job:
+        job.await_text(" saved  step=4 ")
+        away = s3_proxy.add(Fault("stalled", "PUT|POST", times=ALWAYS))
+        wait_for(lambda: away.happened, "a save that gets no answer")
+        os.kill(job.process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        code, text = job.end()
+        assert time.monotonic() - began < limits.STORAGE_SECONDS / 2
+    assert code == ExitCode.TRANSIENT, text[-3000:]
+    assert "no answer in time; newest checkpoint: step " in text
+    assert_sound(stored)
 
 
 @pytest.mark.slow

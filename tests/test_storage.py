@@ -156,8 +156,8 @@ class TestContract:
 
 @pytest.mark.parametrize(
     "storage",
-    # SeaweedFS 4 leaves some of eight puts at once of one name without an answer until the client
-    # gives that connection up, after 10 s; `test_races.py` has two launches at once.
+    # SeaweedFS 4 lets puts of one name wait for each other, each a second longer than the one
+    # before, whoever the client is: slow with eight. `test_races.py` has two launches at once.
     ["local", "model", "memory", pytest.param("s3", marks=[pytest.mark.slow])],
     indirect=True,
 )

@@ -66,15 +66,15 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"cannot list {self.root / folder}: {error.strerror}") from error
 
-    def delete(self, path: str) -> None:
-        target = self.root / path
-        try:
-            self._disk.unlink(target)
-            self._disk.sync_folder(target.parent)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StorageError(f"cannot delete {target}: {error.strerror}") from error
+    def delete(self, *paths: str) -> None:
+        for target in (self.root / path for path in paths):
+            try:
+                self._disk.unlink(target)
+                self._disk.sync_folder(target.parent)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise StorageError(f"cannot delete {target}: {error.strerror}") from error
 
     def delete_folder(self, folder: str) -> None:
         target = self.root / folder

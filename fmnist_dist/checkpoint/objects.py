@@ -6,6 +6,7 @@ to write then, two writers could both succeed, so it is refused without `--singl
 
 import contextlib
 import threading
+import time
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -13,6 +14,7 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from fmnist_dist import limits
+from fmnist_dist.checkpoint.deadline import deadline
 from fmnist_dist.checkpoint.storage import (
     AlreadyExistsError,
     MissingError,
@@ -68,9 +70,10 @@ class ObjectStorage:
         inside = (path.lstrip("/")[start:] for path in found)
         return sorted({name.partition("/")[0] for name in inside} - {""})
 
-    def delete(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._do("delete", path, "rm_file")
+    def delete(self, *paths: str) -> None:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                self._do("delete", path, "rm_file")
 
     def delete_folder(self, folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -101,7 +104,8 @@ class ObjectStorage:
             if not files.async_impl:
                 return getattr(files, method)(at, *values, **how)
             coroutine = getattr(files, f"_{method}")  # fsspec's name for what is behind a method
-            return sync(files.loop, coroutine, at, *values, timeout=seconds, **how)
+            left = max(0.001, min(seconds, deadline() - time.monotonic()))
+            return sync(files.loop, coroutine, at, *values, timeout=left, **how)
         except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise
         except ImportError as error:

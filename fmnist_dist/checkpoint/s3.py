@@ -49,8 +49,9 @@ class S3Storage:
     def list(self, folder: str) -> list[str]:
         return self._do("list", folder, lambda: self._bucket.names(self._folder(folder)))
 
-    def delete(self, path: str) -> None:
-        self._do("delete", path, lambda: self._bucket.delete(self._prefix + path))
+    def delete(self, *paths: str) -> None:
+        keys = [self._prefix + path for path in paths]
+        self._do("delete", ", ".join(paths), lambda: self._bucket.delete(keys))
 
     def delete_folder(self, folder: str) -> None:
         self._do("delete", folder, lambda: self._bucket.delete_all(self._folder(folder)))

@@ -6,8 +6,9 @@ See `s3` for what the storage promises. Everything here runs on the thread of th
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from posixpath import commonpath
 from typing import Any
 
 from fmnist_dist import limits
@@ -21,6 +22,7 @@ _AT_ONCE = 4  # requests of one operation: more is not faster, and copies more a
 _CHUNK_BYTES = 2**18
 _AT_A_STRETCH_BYTES = 2**20  # sent without a look at other requests
 _UPLOAD_TRIES = 3  # of a whole upload that another one had got in the way of
+_DELETED_AT_ONCE = 1_000
 _IF_ABSENT = {"IfNoneMatch": "*"}
 
 
@@ -87,20 +89,32 @@ class Bucket:
         inside = (key.removeprefix(prefix) for key in keys if not key.endswith("/"))
         return sorted({name.partition("/")[0] for name in inside})
 
-    async def delete(self, key: str) -> None:
-        try:
-            await self._client.call("delete_object", Patience.of(0), self._at(key))
-        except S3Failure as failure:
-            if failure.meaning is not Meaning.MISSING:
-                raise
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects, and abort uploads to their keys: lost answers may have left some."""
+        if not keys:
+            return
+        patience = Patience.of(0)
+        await self._delete(keys, patience)
+        async for upload in self._unfinished(commonpath(keys), patience):
+            if upload["Key"] in keys:
+                await self._abort({"Bucket": self._name, **upload})
 
     async def delete_all(self, prefix: str) -> None:
         """Delete all objects under a prefix, and abort what is being uploaded to there."""
         patience = Patience.of(0)
         async for page in self._objects(prefix, patience):
-            if not page:
-                continue
-            wanted = {"Objects": [{"Key": key} for key in page], "Quiet": True}
+            await self._delete(page, patience)
+        async for upload in self._unfinished(prefix, patience):
+            await self._abort({"Bucket": self._name, **upload})
+
+    async def _delete(self, keys: Sequence[str], patience: Patience) -> None:
+        """Delete objects: one, or in one request for each 1,000 of them, the most that S3 takes."""
+        if len(keys) == 1:
+            await self._delete_one(keys[0], patience)
+            return
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            batch = [{"Key": key} for key in keys[start : start + _DELETED_AT_ONCE]]
+            wanted = {"Objects": batch, "Quiet": True}
             answer = await self._client.call(
                 "delete_objects", patience, {"Bucket": self._name, "Delete": wanted}
             )
@@ -108,8 +122,13 @@ class Bucket:
                 refused = error.get("Code") == "AccessDenied"
                 meaning = Meaning.REFUSED if refused else Meaning.WRONG
                 raise S3Failure(meaning, f"the store answered {error.get('Code')}")
-        async for upload in self._unfinished(prefix, patience):
-            await self._abort({"Bucket": self._name, **upload})
+
+    async def _delete_one(self, key: str, patience: Patience) -> None:
+        try:
+            await self._client.call("delete_object", patience, self._at(key))
+        except S3Failure as failure:
+            if failure.meaning is not Meaning.MISSING:
+                raise
 
     def _at(self, key: str) -> dict[str, Any]:
         return {"Bucket": self._name, "Key": key}

@@ -26,6 +26,7 @@ from fsspec.asyn import get_loop, sync
 from s3fs import S3FileSystem
 
 from fmnist_dist import limits
+from fmnist_dist.checkpoint.deadline import deadline, within
 from fmnist_dist.checkpoint.s3errors import Meaning, is_of_credentials, line
 
 T = TypeVar("T")
@@ -46,7 +47,10 @@ class S3Failure(Exception):  # noqa: N818 - most of them are answers
 
 @dataclass(slots=True)
 class Patience:
-    """How long one operation may take, all tries and requests of it together."""
+    """How long one operation may take, all tries and requests of it together.
+
+    A `deadline.within` of the caller counts too.
+    """
 
     deadline: float
 
@@ -57,11 +61,11 @@ class Patience:
 
     @staticmethod
     def until(seconds: float) -> "Patience":
-        return Patience(time.monotonic() + seconds)
+        return Patience(min(time.monotonic() + seconds, deadline()))
 
     def extend(self, size: int) -> None:
         """Allow for bytes that nobody knew of."""
-        self.deadline += _seconds_of(size)
+        self.deadline = min(self.deadline + _seconds_of(size), deadline())
 
     def shorten(self, deadline: float) -> None:
         self.deadline = min(self.deadline, deadline)
@@ -84,7 +88,13 @@ class S3Client:
 
         Every request of it has its limit, and so has their sum: `Patience`.
         """
-        result: T = sync(get_loop(), operation)
+        end = deadline()  # of this thread, whose context the other one does not see
+
+        async def before_its_end() -> T:
+            with within(end - time.monotonic()):
+                return await operation()
+
+        result: T = sync(get_loop(), before_its_end)
         return result
 
     async def call(

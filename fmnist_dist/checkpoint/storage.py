@@ -43,8 +43,11 @@ class Storage(Protocol):
     def list(self, folder: str) -> list[str]:
         """Return the sorted names in a folder, never from a cache; [] where there is none."""
 
-    def delete(self, path: str) -> None:
-        """Delete one object; nothing happens where there is none."""
+    def delete(self, *paths: str) -> None:
+        """Delete objects, in one request where the store can; nothing happens where none is.
+
+        If it fails, some may be gone.
+        """
 
     def delete_folder(self, folder: str) -> None:
         """Delete a folder with all it holds; nothing happens where there is none."""

@@ -54,8 +54,7 @@ def sweep(storage: Storage, log: RunLog, head: Head) -> Swept:
     `head` is the one that the attempt folded when it was appended: a sweep from an older list
     could take a folder for an orphan whose record has come since.
     """
-    for name in storage.list(TEMPORARY_FOLDER):
-        storage.delete(f"{TEMPORARY_FOLDER}/{name}")
+    storage.delete(*(f"{TEMPORARY_FOLDER}/{name}" for name in storage.list(TEMPORARY_FOLDER)))
     try:
         known = _known(log, head, after_attempt=head.swept)
     except DamagedRecordError as error:
@@ -91,9 +90,7 @@ def prune(storage: Storage, log: RunLog, head: Head) -> Swept:
 
 def delete_tensors(storage: Storage, folder: str) -> None:
     """Delete all files of a checkpoint but its metrics, which the series still needs."""
-    for name in storage.list(folder):
-        if name != METRICS:
-            storage.delete(f"{folder}/{name}")
+    storage.delete(*(f"{folder}/{name}" for name in storage.list(folder) if name != METRICS))
 
 
 def _known(log: RunLog, head: Head, *, after_attempt: int) -> _Known:

@@ -170,8 +170,8 @@ class LocalTier:
         self._committed = committed
 
         def remove(storage: Storage) -> None:
-            for name in storage.list(TEMPORARY_FOLDER):
-                storage.delete(f"{TEMPORARY_FOLDER}/{name}")
+            names = storage.list(TEMPORARY_FOLDER)
+            storage.delete(*(f"{TEMPORARY_FOLDER}/{name}" for name in names))
 
         self._try(_NOT_DELETED, remove, otherwise=None)
         self._tidy(partial(to_remove, committed=committed, attempt=attempt, ahead=0))
