@@ -35,7 +35,7 @@ from seaweed import REGION, WRITER
 
 _LIMIT_SECONDS = 120.0  # of anything that waits here: a test has a shorter limit
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
-_CHUNK = 1000  # bytes that a slow connection passes at once
+_CHUNK = 1000  # bytes that a slow connection passes at least at once
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 
@@ -128,6 +128,11 @@ class FaultyProxy:
                 if fault.meets(method, target):
                     return fault
             return None
+
+
+def _chunk(slow: Fault) -> int:
+    """Return how many bytes pass at once: few, but not so few that this takes time itself."""
+    return max(_CHUNK, int(slow.rate / 20))
 
 
 class _Listener(ThreadingHTTPServer):
@@ -228,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         left, parts = int(self.headers.get("Content-Length") or 0), []
         while left:
-            part = self.rfile.read(left if slow is None else min(_CHUNK, left))
+            part = self.rfile.read(left if slow is None else min(_chunk(slow), left))
             if not part:
                 raise _Ended
             self._pace(len(part), slow)
@@ -307,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
         if half:
             self.wfile.write(content[: len(content) // 2])
             return
-        step = _CHUNK if slow is not None else max(1, len(content))
+        step = _chunk(slow) if slow is not None else max(1, len(content))
         for start in range(0, len(content), step):
             self._pace(step, slow)
             self.wfile.write(content[start : start + step])

@@ -72,6 +72,7 @@ def test_a_checkpoint_that_crashes_all_ranks_is_taken_out_of_use(tmp_path: Path)
     assert_sound(run)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_more_often_than_crashes_are_forgiven_is_still_replaced(
     tmp_path: Path,
 ) -> None:

@@ -113,6 +113,7 @@ def cut_and_mend(launch: Launch, one: Host, other: Host, direction: str) -> None
         assert agent.wait(WAIT_SECONDS) == 0, launch.text()
 
 
+@pytest.mark.slow
 def test_the_first_node_is_cut_off_the_other_goes_on_and_both_when_it_is_back(
     network: Network, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:

@@ -73,11 +73,11 @@ def test_a_run_that_shrinks_and_grows_ends_with_the_same_bits(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    for workers, max_steps in ((1, 9), (3, 18), (4, 27), (2, 34)):
+    for workers, max_steps in ((1, 9), (4, 22), (3, 34)):
         flags = [*SHORT, f"--max-steps={max_steps}"]
         Job(run, flags, workers=workers, module=SMALL).start().finish()
         assert show(run)["step"] == max_steps
-    assert [each["world_size"] for each in show(run)["attempts"]] == [1, 3, 4, 2]
+    assert [each["world_size"] for each in show(run)["attempts"]] == [1, 4, 3]
     assert_same(run, undisturbed)
 
 

@@ -17,7 +17,7 @@ from forked import running_child, status_of
 
 from fmnist_dist.handover.slots import HEADER_BYTES, Slots
 
-KILLS = 200
+KILLS = 100
 STATE_BYTES = 200_000
 PIECE_BYTES = 7
 

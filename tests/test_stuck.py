@@ -34,7 +34,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return files_of_newest(run)
 
 
-@pytest.mark.parametrize("how", ["hang", "spin", "stop"])
+@pytest.mark.parametrize("how", ["spin", "stop", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_stuck_trainer_is_found_shown_and_replaced(
     how: str, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:

@@ -54,6 +54,10 @@ class RunLog:
         except MissingError as error:
             raise DamagedRecordError(f"{path_of(index)}: is missing") from error
 
+    def is_begun(self) -> bool:
+        """Whether there is a record, looking past a short hole."""
+        return self._present(0)
+
     def is_intact(self, index: int) -> bool:
         try:
             self.record(index)

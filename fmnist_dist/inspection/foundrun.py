@@ -64,10 +64,10 @@ def _open(place: Place) -> FoundRun:
 def _find_object(place: Place) -> FoundRun:
     run = _open(place)
     try:
-        names = run.storage.list(_LOG)
+        is_begun = run.log.is_begun()  # a list would grow with the run
     except RefusedError as error:
         raise IncompatibleError(f"run {place}: {error}") from error
-    if not any(map(_RECORD.fullmatch, names)):
+    if not is_begun:
         raise UsageError(f"run {place}: there is no run; expected the --run-dir of a training")
     return run
 
