@@ -49,6 +49,10 @@ class PlainStorage:
         """Put other bytes in the place of an object, as damage does."""
         self._client.put_object(**self._at(path), Body=data)
 
+    def paths(self) -> tuple[str, ...]:
+        """Return the paths of all objects."""
+        return tuple(key.removeprefix(self._prefix) for key in self._keys(self._prefix))
+
     def _keys(self, prefix: str) -> Iterator[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=prefix

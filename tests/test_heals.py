@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from memory_storage import MemoryStorage
+from on_s3 import every_storage  # noqa: F401 - once more, on a real server
 from run_builders import begin, snapshot
 
 from fmnist_dist import runs

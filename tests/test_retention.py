@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_storage import MemoryStorage
+from on_s3 import every_storage  # noqa: F401 - once more, on a real server
 from run_builders import begin, files_of, snapshot, start, step_of
 
 from fmnist_dist.checkpoint import lineage

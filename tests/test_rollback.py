@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_storage import MemoryStorage
+from on_s3 import every_storage  # noqa: F401 - once more, on a real server
 from ranks import Rank, expected_rows, learned_by_the_newest, rows_of_the_line
 from run_builders import attempt, begin, files_of, snapshot, start, step_of
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 from memory_storage import MemoryStorage
+from on_s3 import every_storage  # noqa: F401 - once more, on a real server
 from run_builders import attempt, begin, snapshot
 
 from fmnist_dist.checkpoint import record as records
@@ -234,6 +235,7 @@ def test_a_record_removed_anywhere_does_not_hide_the_newer_ones(length: int) -> 
         storage.objects[path_of(removed)] = data
 
 
+@pytest.mark.parametrize("every_storage", ["memory"], indirect=True)  # 100,000 requests
 @pytest.mark.slow
 def test_a_record_removed_anywhere_from_a_log_of_any_length_hides_nothing() -> None:
     for length in range(2, LONGEST + 1):
