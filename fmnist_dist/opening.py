@@ -231,7 +231,7 @@ def _take_over(
     terms = read_terms(log, head, launch, num_samples=num_samples)
     if terms.done:
         return None
-    owner = owner_of(log, head, agents)
+    owner = owner_of(head, agents)
     if place.folder is None and head.index < 0:
         forget(place.notes)  # of another run that was there, under this name
     _refuse_repetition(log, head, place, owner=owner)

@@ -255,7 +255,7 @@ def take_over(
     return writer, resumption, restored
 
 
-def owner_of(log: RunLog, head: Head, agents: Sequence[str]) -> str:
+def owner_of(head: Head, agents: Sequence[str]) -> str:
     """Return the name under which this launch has the run: that of one of its agents.
 
     Agents come and go, and the first rank is not always the same one's. While the agent that gave
@@ -264,7 +264,7 @@ def owner_of(log: RunLog, head: Head, agents: Sequence[str]) -> str:
     """
     if head.owner is None or head.owner in agents:
         return head.owner or agents[0]
-    superseded = {each.attempt.owner for each in lineage.attempts(log, head)}
+    superseded = {*head.superseded, head.owner}
     return next((each for each in agents if each not in superseded), agents[0])
 
 

@@ -1,9 +1,12 @@
 """A launch has an agent on each host: it is known by any of them, whichever has the first rank."""
 
+import math
+
 import pytest
 from memory_storage import MemoryStorage
 from run_builders import begin, snapshot
 
+from fmnist_dist.checkpoint.fold import OWNERS_REMEMBERED
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.errors import ExitCode, FencedError, OvertakenError
@@ -11,8 +14,7 @@ from fmnist_dist.takeover import owner_of
 
 
 def owner(storage: MemoryStorage, *agents: str) -> str:
-    log = RunLog(storage)
-    return owner_of(log, log.read().head, agents)
+    return owner_of(RunLog(storage).read().head, agents)
 
 
 def had_by(*owners: str) -> MemoryStorage:
@@ -47,6 +49,21 @@ def test_a_launch_of_which_every_agent_was_superseded_does_not_come_back() -> No
     storage = had_by("a", "b", "x")
     with pytest.raises(FencedError, match="another launch has taken this run over"):
         begin(storage, owner(storage, "a", "b"))
+
+
+def test_taking_a_run_over_costs_no_more_reads_however_many_launches_it_has_had() -> None:
+    storage, reads = MemoryStorage(), list[int]()
+    for number in range(OWNERS_REMEMBERED + 2):
+        storage.reads = 0
+        begin(storage, f"launch {number}")
+        reads.append(storage.reads)
+    # To find the newest record, as `test_run_log` has it; a walk would be one for each launch.
+    assert max(reads) <= 6 * math.ceil(math.log2(len(reads) + 1)) + 9
+    for number in (1, OWNERS_REMEMBERED // 2, OWNERS_REMEMBERED):
+        with pytest.raises(FencedError):
+            begin(storage, f"launch {number}")
+    begin(storage, "launch 0")  # nobody remembers it
+    assert len(RunLog(storage).read().head.superseded) == OWNERS_REMEMBERED
 
 
 def follow(storage: MemoryStorage, *agents: str) -> RunWriter:

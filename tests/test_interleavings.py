@@ -15,7 +15,7 @@ from ranks import Rank, expected_rows, learned_by_the_newest, rows_of_the_line
 from run_builders import begin, files_of, snapshot, start, step_of
 from watch import Watch
 
-from fmnist_dist.checkpoint import folder, restore, writer
+from fmnist_dist.checkpoint import fold, folder, restore, writer
 from fmnist_dist.checkpoint import sweep as sweeping
 from fmnist_dist.checkpoint.folder import write_files
 from fmnist_dist.checkpoint.log import RunLog
@@ -418,7 +418,7 @@ def appends_a_step_that_stands(patch: pytest.MonkeyPatch) -> None:
 
 
 def lets_a_superseded_owner_come_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(writer, "_has_owned", lambda *_: False)
+    patch.setattr(fold, "_superseded", lambda *_, **__: ())
 
 
 def prunes_the_newest_attempt(patch: pytest.MonkeyPatch) -> None:

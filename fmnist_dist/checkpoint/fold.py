@@ -17,6 +17,8 @@ from fmnist_dist.checkpoint.record import (
     Rollback,
 )
 
+OWNERS_REMEMBERED = 256  # of some 20 bytes in each record; a walk would grow with the run
+
 
 def fold(head: Head, *, index: int, body: Body) -> Head:
     """Return the head after the record `body` at `index`."""
@@ -29,6 +31,7 @@ def fold(head: Head, *, index: int, body: Body) -> Head:
                 attempt_index=index,
                 previous_attempt_index=head.attempt_index,
                 owner=body.owner,
+                superseded=_superseded(head, by=body.owner),
                 same_bits=head.same_bits and body.same_bits,
                 wanted=body.wanted,
                 finished_step=None,
@@ -56,6 +59,12 @@ def fold(head: Head, *, index: int, body: Body) -> Head:
         case _:
             assert_never(body)
     return head
+
+
+def _superseded(head: Head, *, by: str) -> tuple[str, ...]:
+    if head.owner is None or head.owner == by:
+        return head.superseded
+    return (*head.superseded, head.owner)[-OWNERS_REMEMBERED:]
 
 
 def _without(head: Head, indices: set[int]) -> Head:

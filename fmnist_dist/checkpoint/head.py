@@ -23,6 +23,7 @@ class Head:
     attempt_index: int | None = None  # of its record
     previous_attempt_index: int | None = None
     owner: str | None = None
+    superseded: tuple[str, ...] = ()  # owners before it, the last ones, newest last
     same_bits: bool = True
     checkpoints: tuple[Retained, ...] = ()  # rising steps
     committed: bool = False  # some checkpoint was ever committed, since the newest cut at step 0
@@ -40,8 +41,9 @@ class Head:
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "Head":
-        """Return the head that a record carries; an older record says nothing of rollbacks."""
-        values = {"cut_off": (), "passed_over": (), **fields}
+        """Return the head that a record carries; an older one says less."""
+        values = {"cut_off": (), "passed_over": (), "superseded": (), **fields}
+        values["superseded"] = tuple(values["superseded"])
         values["checkpoints"] = tuple(Retained(**each) for each in values["checkpoints"])
         values["overrides"] = tuple(values["overrides"])
         values["cut_off"] = tuple(values["cut_off"])

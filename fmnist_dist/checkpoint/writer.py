@@ -148,12 +148,13 @@ class RunWriter:
 
         `make` returns the attempt for a head, or raises where run and launch do not fit. Raises
         `FencedError` for an owner that another one has superseded: it never comes back, so two
-        launches on one run do not take it from each other for ever.
+        launches on one run do not take it from each other for ever. 256 owners later nobody
+        remembers it.
         """
         offered: list[Copy] = []
 
         def decide(head: Head) -> Attempt:
-            if head.owner not in {None, owner} and _has_owned(log, head, owner):
+            if owner in head.superseded:
                 raise FencedError(
                     f"another launch has taken this run over (attempt {head.attempt}): stop this "
                     "one; if it is this one that should go on, stop the other and start again"
@@ -515,10 +516,6 @@ class RunWriter:
             self.quarantine(retained, why=str(error))
         else:
             self._verified.add(retained.index)
-
-
-def _has_owned(log: RunLog, head: Head, owner: str) -> bool:
-    return any(start.attempt.owner == owner for start in lineage.attempts(log, head))
 
 
 def _is_old(head: Head, step: int) -> bool:
