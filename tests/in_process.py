@@ -116,6 +116,8 @@ def _process_as_before() -> Iterator[None]:
         yield
     finally:
         sys.excepthook = hook
+        if s3client := sys.modules.get("fmnist_dist.checkpoint.s3client"):
+            s3client._preloaded.clear()  # a session keeps the credentials that it has found
         root.handlers[:] = handlers
         package.setLevel(level)
         logging.captureWarnings(capture=False)

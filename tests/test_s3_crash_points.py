@@ -19,6 +19,7 @@ from fmnist_dist.checkpoint.record import Checkpoint
 from fmnist_dist.filenames import METRICS
 
 CHILD = Path(__file__).with_name("crash_child_s3.py")
+TIDY_EVERY = 10  # kills: looking at all that ever was takes longer each time
 FEW = [(when, number) for number in range(3, 100, 12) for when in ("before", "after")]
 
 
@@ -119,7 +120,8 @@ def test_a_kill_at_any_request_loses_nothing_acknowledged(
         number, method = 0, "first"
         while method is not None:
             method, newest = kill_and_look(server, stored, when, number, newest=newest)
-            assert_tidy(stored)
+            if number % TIDY_EVERY == 0 or method is None:
+                assert_tidy(stored)
             met[str(method)] += 1
             number += 1
     print(met)
