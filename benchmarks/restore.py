@@ -2,7 +2,7 @@
 
     python benchmarks/restore.py [megabytes of state] [rounds] [workers]
 
-On local disk, and on SeaweedFS behind a line of 100 MB/s that all ranks share and without one.
+On local disk, on SeaweedFS, and on it with each request slowed down to a share of 100 MB/s.
 Both ways begin together on all ranks and end when the last one has every file, verified: `one` is
 `read_checkpoint` on rank 0 and `share.broadcast`, which is what a start does; `each` is
 `read_checkpoint` on every rank. In turn, medians of all rounds. Prints one JSON object.
@@ -35,7 +35,7 @@ from fmnist_dist.filenames import EMA, MODEL, OPTIMIZER  # noqa: E402
 from fmnist_dist.keeper.fork import fork  # noqa: E402
 
 DEFAULTS = (100, 7, 2)
-SLOW = 100e6  # bytes a second, of a line that is slower than the server
+SLOW = 100e6  # bytes a second, for one request of each rank
 
 
 def main() -> None:
