@@ -69,7 +69,8 @@ class TrainState:
         self.buffers = [buffer.detach().clone() for buffer in model.buffers()]  # committed
         # Kept, since a walk through the model costs a tenth of a millisecond in each step and save:
         # parameters are changed in place only.
-        self._committed = {**model.state_dict(), **self._named_buffers()}
+        names = [name for name, _ in model.named_buffers()]
+        self._committed = {**model.state_dict(), **dict(zip(names, self.buffers, strict=True))}
         self.step = 0
         self.ledger: tuple[EpochDigest, ...] = ()  # of every epoch touched since the parent
         self.metrics: dict[str, float] = {}  # the last value of each
@@ -290,10 +291,6 @@ class TrainState:
             or (row.step == durable.step and row.is_score and not durable.evaluated)
         ]
         self.ledger = tuple(each for each in self.ledger if each.epoch >= durable.epoch)
-
-    def _named_buffers(self) -> dict[str, Tensor]:
-        names = [name for name, _ in self.model.named_buffers()]
-        return dict(zip(names, self.buffers, strict=True))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the state under a name of its own, in a fixed order."""

@@ -17,15 +17,16 @@ main() {
   done
 
   # Before any worker starts: torchrun would turn every exit code into 1.
-  local config logical_shards run_dir
+  local config logical_shards run_dir extra
   config=$("$PYTHON_IN_VENV" -m fmnist_dist.settings "$@")
   logical_shards=$(setting "$config" logical_shards)
   run_dir=$(setting "$config" run_dir)
-  case $run_dir in # what else it needs: the extras of pyproject.toml
-  s3://* | s3a://*) set_up s3 ;;
-  gs://* | gcs://*) set_up gcs ;;
-  az://* | abfs://* | abfss://*) set_up azure ;;
-  esac
+  if [[ $run_dir == *://* ]]; then
+    extra=$("$PYTHON_IN_VENV" -c 'import sys
+from fmnist_dist.checkpoint.place import extra_of
+print(extra_of(sys.argv[1]))' "$run_dir")
+    [[ -z $extra ]] || set_up "$extra"
+  fi
 
   local workers=${NPROC_PER_NODE:-}
   if [[ -z $workers ]]; then

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ case "$*" in
 "-c import ensurepip, venv") exit "${ENSUREPIP_CODE:-0}" ;;
 "-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
 "-m pip install"*) [[ ! -p $GATE ]] || read -r <"$GATE"; exit "${PIP_CODE:-0}" ;;
+"-c "*extra_of*) exec "$REAL_PYTHON" "$@" ;;
 "-c import sys, tomllib"*run_dir) echo "$RUN_DIR" ;;
 "-c import sys, tomllib"*) echo 2 ;;
 esac
@@ -110,9 +112,10 @@ def test_what_suffices_for_the_tests_or_a_storage_suffices_for_a_run(machine: Ma
 def test_a_training_gets_what_the_storage_of_its_run_needs(
     machine: Machine, run_dir: str, extras: list[str]
 ) -> None:
+    real = {"REAL_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [str(shutil.which("bash")), str(machine.tree / "launch" / "local.sh")],
-        env=machine.environment | {"RUN_DIR": run_dir, "NPROC_PER_NODE": "2"},
+        env=machine.environment | {"RUN_DIR": run_dir, "NPROC_PER_NODE": "2"} | real,
         capture_output=True,
         text=True,
         check=False,

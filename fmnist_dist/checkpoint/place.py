@@ -31,6 +31,12 @@ _EXTRAS = {
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
+def extra_of(url: str) -> str:
+    """Return the extra of this package that a run at this URL needs; "" for none."""
+    match = _REMOTE.fullmatch(url)
+    return _EXTRAS.get(match["scheme"], ("", ""))[1] if match else ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """A run's folder. `str` of it is what people are shown: it holds no credentials."""
