@@ -2,7 +2,7 @@
 
     python benchmarks/restore.py [megabytes of state] [rounds] [workers]
 
-On local disk, on SeaweedFS, and on it with each request slowed down to a share of 100 MB/s.
+On local disk, on SeaweedFS, and on it through a line of 100 MB/s that all ranks share.
 Both ways begin together on all ranks and end when the last one has every file, verified: `one` is
 `read_checkpoint` on rank 0 and `share.broadcast`, which is what a start does; `each` is
 `read_checkpoint` on every rank. In turn, medians of all rounds. Prints one JSON object.
@@ -35,7 +35,7 @@ from fmnist_dist.filenames import EMA, MODEL, OPTIMIZER  # noqa: E402
 from fmnist_dist.keeper.fork import fork  # noqa: E402
 
 DEFAULTS = (100, 7, 2)
-SLOW = 100e6  # bytes a second, for one request of each rank
+LINE = 100e6  # bytes a second, of all ranks together
 
 
 def main() -> None:
@@ -56,11 +56,11 @@ def main() -> None:
             places = {"disk": f"{folder}/run", "s3": f"s3://{server.make_bucket()}/run"}
             for url in places.values():
                 begin(Place.of(url).storage()).save(snapshot(1, files))
-            proxy.add(Fault("slow", "GET", times=float("inf"), rate=SLOW / workers))
+            proxy.add(Fault("slow", "GET", times=float("inf"), rate=LINE, shared=True))
             for name, url, endpoint in (
                 ("disk", places["disk"], server.endpoint),
                 ("s3", places["s3"], server.endpoint),
-                ("s3, 100 MB/s", places["s3"], proxy.endpoint),
+                ("s3, line of 100 MB/s", places["s3"], proxy.endpoint),
             ):
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
                 command += ["--local-addr=127.0.0.1", f"--nproc_per_node={workers}"]

@@ -2,10 +2,11 @@
 
     python benchmarks/upload.py [megabytes of state] [saves] [megabytes per second]
 
-One worker with one thread on one core; on the other one the server (SeaweedFS) behind a proxy that
-passes so many bytes a second. A round is training without a save for as long as the last upload
-took, then a save: `Saves.offer` and steps until the thread has committed it and retired an older
-one. Throughput is steps by second, the pause of the save included. Prints one JSON object.
+One worker with one thread; the server (SeaweedFS), behind a proxy that is a line of so many bytes a
+second, has one of two cores. The worker has both, then none but the other one: there, what the save
+computes is time that training does not get. A round is training without a save for as long as the
+last upload took, then a save: `Saves.offer` and steps until the thread has committed it and retired
+an older one. Throughput is steps by second, the pause of the save included. Prints one JSON object.
 """
 
 import contextlib
@@ -35,24 +36,33 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"]:
         serve(float(sys.argv[2]))
         return
+    if sys.argv[1:2] == ["measure"]:
+        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]))))
+        return
     state = sys.argv[1] if len(sys.argv) > 1 else "100"
-    saves = int(sys.argv[2]) if len(sys.argv) > 2 else 10
+    saves = sys.argv[2] if len(sys.argv) > 2 else "10"
     rate = float(sys.argv[3]) if len(sys.argv) > 3 else 20.0
-    cores = sorted(os.sched_getaffinity(0))
-    command = [sys.executable, __file__, "serve", str(1e6 * rate)]
-    with subprocess.Popen(
-        command,
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    found = {}
+    for name, of_worker in (("two_cores", cores), ("one_core", cores[:1])):
+        with on_cores(cores[1:], "serve", str(1e6 * rate)) as server:
+            assert server.stdout is not None
+            os.environ.update(json.loads(server.stdout.readline()))
+            with on_cores(of_worker, "measure", state, saves) as worker:
+                found[name] = json.loads(worker.communicate()[0].splitlines()[-1])
+            server.communicate("")
+    print(json.dumps({"megabytes_per_second": rate, **found}, indent=1))
+
+
+def on_cores(cores: list[int], *arguments: str) -> subprocess.Popen[str]:
+    """Start this program anew, bound to `cores`."""
+    return subprocess.Popen(
+        [sys.executable, __file__, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores[-1:]),  # noqa: PLW1509 - no threads yet
-    ) as server:
-        assert server.stdout is not None
-        os.environ.update(json.loads(server.stdout.readline()))
-        os.sched_setaffinity(0, cores[:1])
-        found = measure(state, saves)
-        server.communicate("")
-    print(json.dumps({"megabytes_per_second": rate, **found}, indent=1))
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),  # noqa: PLW1509 - no threads yet
+    )
 
 
 def serve(rate: float) -> None:
@@ -62,7 +72,7 @@ def serve(rate: float) -> None:
         server.start()
         proxy = FaultyProxy(server.endpoint)
         try:
-            proxy.add(Fault("slow", "PUT", times=float("inf"), rate=rate))
+            proxy.add(Fault("slow", "PUT", times=float("inf"), rate=rate, shared=True))
             bucket = server.make_bucket()
             told = {**s3_environ(proxy.endpoint), "BENCHMARK_RUN": f"s3://{bucket}/run"}
             print(json.dumps(told), flush=True)

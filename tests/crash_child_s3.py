@@ -1,6 +1,6 @@
 """`crash_child` on S3: a process that starts, saves and retires, and dies at one of its requests.
 
-    python crash_child_s3.py URL        one `before|after NUMBER` per line, each in a forked child
+    python crash_child_s3.py        one `URL before|after NUMBER` per line, each in a forked child
 
 Before a request the server has not heard of it; after it, it has done it and nobody was told. Each
 child answers with `saved STEP` for every acknowledged save; then comes its wait status. The parent
@@ -51,11 +51,11 @@ def work(storage: S3Storage) -> None:
         writer.retire(keep_last=KEEP_LAST, keep_every=None)
 
 
-def serve(url: str) -> None:
+def serve() -> None:
     s3client.preload()
     print("ready", flush=True)
     for line in sys.stdin:
-        when, number = line.split()
+        url, when, number = line.split()
         child = os.fork()
         if not child:
             s3.S3Client = partial(Dying, when, int(number))
@@ -70,4 +70,4 @@ def serve(url: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve()

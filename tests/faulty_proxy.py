@@ -12,7 +12,7 @@ unchanged, the Host header too: the signature covers it.
     stalled    nothing comes, ever; the server never sees the request
     hanging    as much comes as of a truncated one, and the connection stays open
     short      half of the answer's body, as if that were all
-    slow       body and answer pass at so many bytes a second
+    slow       body and answer pass at so many bytes a second, each or (`shared`) all together
     deaf       the server never sees If-None-Match: a store that ignores put-if-absent
 
 The proxy signs what it changes with a key of its own, as a man in the middle could not.
@@ -52,9 +52,11 @@ class Fault:
     code: str = "InternalError"
     body: bytes | None = None  # of an error, where it is no S3 error
     rate: float = 10_000.0  # bytes a second, of a slow one
+    shared: bool = False  # they are those of one line: all slow ones together
     happened: int = 0
     seen: int = 0
     gone: bool = field(default=False, init=False)  # switched off
+    free: float = field(default=0.0, init=False)  # when a shared line has passed all that came
 
     def meets(self, method: str, target: str) -> bool:
         if self.gone or not re.fullmatch(self.method, method) or not re.search(self.target, target):
@@ -320,7 +322,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _pace(self, size: int, slow: Fault | None) -> None:
         if slow is None or slow.gone:
             return
-        if self.server.proxy.over.wait(size / slow.rate):
+        seconds = size / slow.rate
+        if slow.shared:
+            with self.server.proxy.lock:
+                slow.free = max(slow.free, time.monotonic()) + seconds
+                seconds = slow.free - time.monotonic()
+        if self.server.proxy.over.wait(seconds):
             raise _Ended
 
     def _reset(self) -> None:

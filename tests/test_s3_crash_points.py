@@ -19,17 +19,17 @@ from fmnist_dist.checkpoint.record import Checkpoint
 from fmnist_dist.filenames import METRICS
 
 CHILD = Path(__file__).with_name("crash_child_s3.py")
-TIDY_EVERY = 10  # kills: looking at all that ever was takes longer each time
+A_RUN = 10  # kills: all that ever was is looked at, which takes longer each time
 FEW = [(when, number) for number in range(3, 100, 12) for when in ("before", "after")]
 
 
 class Server:
     """Forks children that die; see `crash_child_s3`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self) -> None:
         path = os.pathsep.join(each for each in sys.path if each)
         self._process = subprocess.Popen(
-            [sys.executable, str(CHILD), url],
+            [sys.executable, str(CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -41,10 +41,10 @@ class Server:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
-    def child(self, when: str, number: int) -> tuple[int, list[str]]:
+    def child(self, url: str, when: str, number: int) -> tuple[int, list[str]]:
         """Return a child's wait status and what it told."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{when} {number}\n")
+        self._process.stdin.write(f"{url} {when} {number}\n")
         self._process.stdin.flush()
         told: list[str] = []
         while not (line := self._line()).startswith("status "):
@@ -57,8 +57,8 @@ class Server:
 
 
 @pytest.fixture
-def server(s3_url: str) -> Iterator[Server]:
-    server = Server(s3_url)
+def server(seaweed: Seaweed) -> Iterator[Server]:
+    server = Server()
     yield server
     server.close()
 
@@ -67,7 +67,7 @@ def kill_and_look(
     server: Server, stored: PlainStorage, when: str, number: int, *, newest: int
 ) -> tuple[str | None, int]:
     """Let a child die, and start again; return at which request, None if at none, and the step."""
-    status, told = server.child(when, number)
+    status, told = server.child(stored.url, when, number)
     saved = [int(line.split()[1]) for line in told if line.startswith("saved ")]
     if status == 0:
         assert len(saved) == SAVES
@@ -115,12 +115,14 @@ def test_kills_at_requests_one_after_another_lose_nothing_acknowledged(
 def test_a_kill_at_any_request_loses_nothing_acknowledged(
     server: Server, seaweed: Seaweed, s3_url: str
 ) -> None:
-    stored, newest, met = PlainStorage(seaweed, s3_url), 0, Counter[str]()
+    met = Counter[str]()
     for when in ("before", "after"):
         number, method = 0, "first"
         while method is not None:
+            if number % A_RUN == 0:
+                stored, newest = PlainStorage(seaweed, f"{s3_url}/{when}-{number}"), 0
             method, newest = kill_and_look(server, stored, when, number, newest=newest)
-            if number % TIDY_EVERY == 0 or method is None:
+            if number % A_RUN == A_RUN - 1 or method is None:
                 assert_tidy(stored)
             met[str(method)] += 1
             number += 1
