@@ -41,6 +41,9 @@ print(extra_of(sys.argv[1]))' "$run_dir")
     report "$config" "$run_dir" "$@" || say "training has finished, but its run could not be read"
   elif [[ -n $signalled ]]; then
     say "stopped on $signalled; the same command goes on with the last finished step"
+  elif ((code > 128)); then
+    say "torchrun was ended by SIG$(kill -l "$code"), with its workers;" \
+      "the same command goes on with the newest checkpoint"
   else
     say "training failed (exit code $code): the first error above says why;" \
       "when it is mended, the same command goes on with the newest checkpoint"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / ".ci" / "run"]
 
 # Stands in for a finished environment: real Python, but for the modules that local.sh runs.
 FAKE_ENVIRONMENT = """#!/bin/bash
@@ -129,6 +129,13 @@ def test_the_exit_code_of_training_is_passed_through_with_one_line_of_advice(loc
     code, output, errors = local.run(TRAIN_CODE="78")
     assert (code, len(output), len(errors)) == (78, 1, 2)
     assert "failed (exit code 78)" in errors[1]
+
+
+def test_a_torchrun_that_was_killed_is_not_looked_for_among_the_errors(local: Local) -> None:
+    waits = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    code, _, errors = local.run(WAITS=waits)
+    assert code == 128 + signal.SIGKILL
+    assert "torchrun was ended by SIGKILL, with its workers; the same command goes on" in errors[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
