@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from plain_s3 import PlainStorage
-from seaweed import Seaweed
+from plain_s3 import PlainStorage, Server
 
 
 @dataclass(frozen=True, order=True)
@@ -18,10 +17,10 @@ class S3Path:
     """`str` of it is its URL."""
 
     _path: PurePosixPath  # the bucket, and the key in it
-    _server: Seaweed = field(compare=False, repr=False)
+    _server: Server = field(compare=False, repr=False)
 
     @staticmethod
-    def of(url: str, server: Seaweed) -> "S3Path":
+    def of(url: str, server: Server) -> "S3Path":
         return S3Path(PurePosixPath(url.removeprefix("s3://")), server)
 
     def __str__(self) -> str:
