@@ -1,6 +1,7 @@
 """A run on S3 as a plain client sees it: a `Storage` that owes nothing to the one under test."""
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any, Protocol
 
 from botocore.exceptions import ClientError
@@ -52,6 +53,10 @@ class PlainStorage:
     def replace(self, path: str, data: bytes) -> None:
         """Put other bytes in the place of an object, as damage does."""
         self._client.put_object(**self._at(path), Body=data)
+
+    def written_at(self, path: str) -> datetime:
+        when: datetime = self._client.head_object(**self._at(path))["LastModified"]
+        return when
 
     def paths(self) -> tuple[str, ...]:
         """Return the paths of all objects."""

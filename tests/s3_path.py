@@ -7,6 +7,7 @@ object storage, a folder is there as long as something lies in it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 
 from plain_s3 import PlainStorage, Server
@@ -83,6 +84,9 @@ class S3Path:
 
     def write_bytes(self, data: bytes) -> None:
         self.parent.storage().replace(self.name, data)
+
+    def written_at(self) -> datetime:
+        return self.parent.storage().written_at(self.name)
 
     def unlink(self) -> None:
         """Raises `FileNotFoundError`, which S3 does not."""
