@@ -11,6 +11,7 @@ from typing import Self
 
 from in_process import clean_environ
 from jobs import LIMIT_SECONDS, ROOT, alive, log_beside, reached, wait_for
+from run_files import Folder
 
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.place import Place
@@ -25,7 +26,7 @@ class Alone:
     """
 
     def __init__(
-        self, run: Path | str, *flags: str, logs: Path | None = None, **environ: str
+        self, run: Folder | str, *flags: str, logs: Path | None = None, **environ: str
     ) -> None:
         self.run = run
         self.before = reached(run)[0]  # the attempts that there were

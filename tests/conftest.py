@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from faulty_proxy import FaultyProxy
 from jobs import ROOT
+from run_files import Folder
+from s3_path import S3Path
 from seaweed import BUCKET, Seaweed, missing, s3_environ
 
 TRAIN_SECONDS = 240
@@ -75,6 +77,18 @@ def s3_url(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         monkeypatch.setenv(name, text)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return f"s3://{BUCKET}/{secrets.token_hex(6)}/run"
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.slow)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
+    """Return where a run may be begun: on this disk, and once more on the S3 server."""
+    if request.param == "disk":
+        yield tmp_path / "run"
+        return
+    url = request.getfixturevalue("s3_url")
+    folder = S3Path.of(url, request.getfixturevalue("seaweed"))
+    yield folder
+    assert list(folder.parent.iterdir()), "this test has left nothing on the server"
 
 
 @pytest.fixture

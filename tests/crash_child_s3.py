@@ -30,12 +30,14 @@ class Dying(s3client.S3Client):
 
     async def request(self, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         self._left -= 1
-        if self._left == -1 and self._when == "before":
+        is_last = self._left == -1  # others may begin before it is answered
+        if is_last and self._when == "before":
             self._die(method)
-        answer = await super().request(method, arguments)
-        if self._left == -1 and self._when == "after":
-            self._die(method)
-        return answer
+        try:
+            return await super().request(method, arguments)
+        finally:  # that there is no such object is an answer too
+            if is_last and self._when == "after":
+                self._die(method)
 
     def _die(self, method: str) -> None:
         print(f"dies {self._when} {method}", flush=True)

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from published import data_files, small_files, small_spec, write_folder
+from run_files import Folder
 
 from fmnist_dist import job, train  # noqa: F401 - `job`: torch is imported before any clock runs
 from fmnist_dist.checkpoint import disk
@@ -128,10 +129,10 @@ def _process_as_before() -> Iterator[None]:
 class SmallRun:
     """A run over thirty images in a folder of its own; every launch of it is the same command.
 
-    `url` says where else it lies; its environment is this process's.
+    `url` says where else it lies. On S3, its environment is this process's.
     """
 
-    root: Path
+    root: Folder
     data: Path
     url: str | None = None
 
@@ -151,13 +152,13 @@ class SmallRun:
 
 
 @contextlib.contextmanager
-def small_run(folder: Path) -> Iterator[SmallRun]:
-    """Make `fashion-mnist` mean thirty images, and give a run over them."""
+def small_run(folder: Path, root: Folder | None = None) -> Iterator[SmallRun]:
+    """Make `fashion-mnist` mean thirty images, and give a run over them: at `root`, or here."""
     files = small_files()
     data = write_folder(folder / "data", files)
     spec = small_spec(Origin(files=data_files(files)))
     with mock.patch.dict(DATASETS, {"fashion-mnist": spec}):
-        yield SmallRun(root=folder / "run", data=data)
+        yield SmallRun(root=root or folder / "run", data=data)
 
 
 @contextlib.contextmanager
@@ -177,12 +178,12 @@ def in_child(run: SmallRun, *flags: str, **environ: str) -> "subprocess.Complete
         "root, data, url, *flags = sys.argv[1:]\n"
         "owned = in_process.owned_by(os.environ.pop('TEST_OWNER', None))\n"
         "with in_process.small_run(Path(data).parent), owned:\n"
-        "    run = in_process.SmallRun(root=Path(root), data=Path(data), url=url or None)\n"
+        "    run = in_process.SmallRun(root=Path(root), data=Path(data), url=url)\n"
         "    ended = run.launch(*flags, environ=dict(os.environ), told=sys.__stderr__.write)\n"
         "sys.exit(ended.code)\n"
     )
     path = os.pathsep.join(str(folder) for folder in (_TESTS.parent, _TESTS))
-    where = [str(run.root), str(run.data), run.url or ""]
+    where = [str(run.root), str(run.data), run.url or str(run.root)]
     return subprocess.run(
         [sys.executable, "-c", f"import os; {code}", *where, *flags],
         env={**clean_environ(), "PYTHONPATH": path, **environ},

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from run_files import Folder
+
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
@@ -29,7 +31,7 @@ class Job:
     `logs` is the folder of its output; None for the one beside a run on a disk.
     """
 
-    run: Path | str  # a folder, or a URL whose environment is this process's
+    run: Folder | str  # on S3, its environment is this process's
     flags: list[str]
     workers: int = 2
     max_restarts: int = 20
@@ -146,15 +148,15 @@ def stop(pid: int) -> None:
     wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "a stopped process")
 
 
-def log_beside(run: Path | str, logs: Path | None) -> Path:
+def log_beside(run: Folder | str, logs: Path | None) -> Path:
     """Return a new name for the output of a launch of `run`."""
-    name = run.name if isinstance(run, Path) else "remote"
+    name = "remote" if isinstance(run, str) else run.name
     folder = run.parent if isinstance(run, Path) else logs
     assert folder is not None, "a run on object storage has no folder for logs"
     return folder / f"{name}-{time.monotonic_ns()}.log"
 
 
-def reached(run: Path | str) -> tuple[int, int]:
+def reached(run: Folder | str) -> tuple[int, int]:
     """Return (newest attempt that trains, its last finished step)."""
     hints = read_hints(Place.of(str(run)).notes)
     return (max(hints), hints[max(hints)].last_step) if hints else (0, 0)
@@ -179,25 +181,25 @@ def wait_for(condition: Callable[[], T], what: str) -> T:
     return value
 
 
-def show(run: Path | str) -> dict[str, Any]:
+def show(run: Folder | str) -> dict[str, Any]:
     """Return `runs show --json`."""
     shown = _runs("show", run, "--json")
     assert shown.returncode == 0, shown.stderr
     return json.loads(shown.stdout)
 
 
-def ledger(run: Path | str) -> subprocess.CompletedProcess[str]:
+def ledger(run: Folder | str) -> subprocess.CompletedProcess[str]:
     return _runs("ledger", run)
 
 
-def files_of_newest(run: Path | str) -> dict[str, str]:
+def files_of_newest(run: Folder | str) -> dict[str, str]:
     """Return the SHA-256 of every file of the newest checkpoint but its metrics since the last."""
     log = RunLog(Place.of(str(run)).storage())
     body = log.record(log.read().head.checkpoints[-1].index).body
     return {n: f.sha256 for n, f in body.files.items() if n != "metrics.jsonl"}
 
 
-def _runs(command: str, run: Path | str, *flags: str) -> subprocess.CompletedProcess[str]:
+def _runs(command: str, run: Folder | str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fmnist_dist.runs", command, str(run), *flags],
         cwd=ROOT,

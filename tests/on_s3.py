@@ -1,7 +1,7 @@
-"""`MemoryStorage` on a real S3 server: what tests of the run log show in memory, they show there.
+"""What tests show in memory or on a disk, they show on a real S3 server too.
 
 Importing `every_storage` into a module runs each of its tests that makes a `MemoryStorage` once
-more, with this in its place.
+more, with an S3 storage in its place. Tests that handle a run's files ask for `root` (`conftest`).
 """
 
 import secrets
@@ -15,6 +15,9 @@ from seaweed import BUCKET, Seaweed
 from fmnist_dist.checkpoint import s3client
 from fmnist_dist.checkpoint.s3 import S3Storage
 from fmnist_dist.checkpoint.storage import MissingError
+
+# For tests of what only a disk can do, in a module whose other ones run on both.
+disk_only = pytest.mark.parametrize("root", ["disk"], indirect=True)
 
 
 class _Objects(MutableMapping[str, bytes]):

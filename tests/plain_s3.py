@@ -1,18 +1,23 @@
 """A run on S3 as a plain client sees it: a `Storage` that owes nothing to the one under test."""
 
 from collections.abc import Iterator
-from typing import Any
+from datetime import datetime
+from typing import Any, Protocol
 
 from botocore.exceptions import ClientError
-from seaweed import Seaweed, split
 
 from fmnist_dist.checkpoint.storage import AlreadyExistsError, MissingError
+
+
+class Server(Protocol):
+    def client(self) -> Any:
+        """Return a plain client of botocore."""
 
 
 class PlainStorage:
     """`Storage` below a URL, each verb a request or two, without retries."""
 
-    def __init__(self, server: Seaweed, url: str) -> None:
+    def __init__(self, server: Server, url: str) -> None:
         self.url = url
         self._bucket, self._prefix = split(url)
         self._client: Any = server.client()
@@ -49,6 +54,10 @@ class PlainStorage:
         """Put other bytes in the place of an object, as damage does."""
         self._client.put_object(**self._at(path), Body=data)
 
+    def written_at(self, path: str) -> datetime:
+        when: datetime = self._client.head_object(**self._at(path))["LastModified"]
+        return when
+
     def paths(self) -> tuple[str, ...]:
         """Return the paths of all objects."""
         return tuple(key.removeprefix(self._prefix) for key in self._keys(self._prefix))
@@ -62,3 +71,9 @@ class PlainStorage:
 
     def _at(self, path: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": f"{self._prefix}{path}"}
+
+
+def split(url: str) -> tuple[str, str]:
+    """Return the bucket of an s3:// URL and the prefix of the keys below it."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    return bucket, f"{prefix}/" if prefix else ""

@@ -7,18 +7,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from s3_path import S3Path
+
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.record import Checkpoint, Record
 from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.checkpoint.verify import verify
 
 B = TypeVar("B")
-Root = Path | Storage  # of a run: a folder, or the storage that holds it
+Folder = Path | S3Path  # of a run
+Root = Folder | Storage  # of a run: its folder, or the storage that holds it
 
 
 def storage_of(root: Root) -> Storage:
-    return LocalStorage(root) if isinstance(root, Path) else root
+    """Return a run's storage to look into; that of one on S3 is not the one under test."""
+    match root:
+        case Path():
+            return LocalStorage(root)
+        case S3Path():
+            return root.storage()
+    return root
+
+
+def opened(root: Folder) -> Storage:
+    """Return a run's storage as a launch opens it."""
+    return Place.of(str(root)).storage()
 
 
 def log_of(root: Root) -> RunLog:
@@ -55,7 +70,7 @@ def assert_sound(root: Root) -> None:
     assert findings.records > 0
 
 
-def saved_bytes(root: Path) -> dict[str, bytes]:
+def saved_bytes(root: Folder) -> dict[str, bytes]:
     """Return every file of the log and the checkpoints."""
     return {
         str(path.relative_to(root)): path.read_bytes()
@@ -65,7 +80,7 @@ def saved_bytes(root: Path) -> dict[str, bytes]:
     }
 
 
-def rewrite(path: Path, **changed: object) -> bytes:
+def rewrite(path: Folder, **changed: object) -> bytes:
     """Return the record at `path` with other fields and the checksum that fits them."""
     fields = {**json.loads(path.read_bytes()), **changed}
     del fields["sha256"]

@@ -21,6 +21,7 @@ from typing import Any
 
 from in_process import clean_environ
 from jobs import ROOT
+from plain_s3 import split
 
 REGION = "us-east-1"
 BUCKET = "runs"  # of all tests: each takes a folder of its own in it
@@ -225,12 +226,6 @@ class Seaweed:
 
     def _port(self, name: str) -> int:
         return self._ports[_NAMES.index(name)]
-
-
-def split(url: str) -> tuple[str, str]:
-    """Return the bucket of an s3:// URL and the prefix of the keys below it."""
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    return bucket, f"{prefix}/" if prefix else ""
 
 
 def _identity(name: str, key: Key, actions: str) -> Mapping[str, object]:

@@ -1,4 +1,7 @@
-"""Every file of a run, damaged in every way: found, told, passed over, never chosen again."""
+"""Every file of a run, damaged in every way: found, told, passed over, never chosen again.
+
+On a disk, and on a real S3 server: there it is other objects in the places of those that were put.
+"""
 
 import os
 import shutil
@@ -8,8 +11,9 @@ from pathlib import Path
 import pytest
 from damage import DAMAGES, empty, flip_a_bit, folder_of, record_of, remove
 from run_builders import begin, files_of, snapshot, start, step_of
+from run_files import Folder, opened
 
-from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint import lineage, s3client
 from fmnist_dist.checkpoint.folder import write_files
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
@@ -20,7 +24,7 @@ from fmnist_dist.checkpoint.verify import verify
 from fmnist_dist.errors import DataDamagedError, ExitCode, UsageError
 from fmnist_dist.filenames import METRICS
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Folder], None]
 STEPS = (10, 20, 30, 40)
 # Their records: 0 attempt, 1 step 10, 2 step 20, 3 step 30, 4 attempt, 5 step 40.
 RECORDS = 6
@@ -46,26 +50,35 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(autouse=True)
+def one_client(root: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connect once in a test."""
+    client = s3client.S3Client()
+    monkeypatch.setattr("fmnist_dist.checkpoint.s3.S3Client", lambda: client)
+
+
 @pytest.fixture
-def run(healthy: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(healthy, tmp_path / "run"))
+def run(healthy: Path, root: Folder) -> Folder:
+    if isinstance(root, Path):
+        return Path(shutil.copytree(healthy, root))
+    return root.upload(healthy)
 
 
-def started(run: Path) -> tuple[int, list[str]]:
+def started(run: Folder) -> tuple[int, list[str]]:
     """Start, and return where training goes on and what was reported."""
     reports: list[str] = []
-    _, restored, _ = start(LocalStorage(run), report=reports.append)
+    _, restored, _ = start(opened(run), report=reports.append)
     if restored is not None:
         assert restored.files == files_of(step_of(restored))
     return step_of(restored), reports
 
 
-def damage_found(run: Path) -> str:
-    storage = LocalStorage(run)
+def damage_found(run: Folder) -> str:
+    storage = opened(run)
     return "\n".join(verify(storage, RunLog(storage)).damage)
 
 
-def test_a_healthy_run_goes_on_at_its_newest_checkpoint(run: Path) -> None:
+def test_a_healthy_run_goes_on_at_its_newest_checkpoint(run: Folder) -> None:
     assert started(run) == (40, [])
     assert damage_found(run) == ""
 
@@ -73,13 +86,13 @@ def test_a_healthy_run_goes_on_at_its_newest_checkpoint(run: Path) -> None:
 @each_damage
 @pytest.mark.parametrize("name", files_of(0))
 def test_a_damaged_file_of_the_newest_checkpoint_is_passed_over_for_good(
-    run: Path, name: str, damage: Damage
+    run: Folder, name: str, damage: Damage
 ) -> None:
     path = folder_of(run, 40) / name
     whole = path.read_bytes()
     damage(path)
     assert f"{path.parent.name}/{name}" in damage_found(run)
-    reader = LocalStorage(run)
+    reader = opened(run)
     assert step_of(read_newest(reader, RunLog(reader))) == 30
 
     step, reports = started(run)
@@ -97,7 +110,7 @@ def test_a_damaged_file_of_the_newest_checkpoint_is_passed_over_for_good(
 @pytest.mark.parametrize("name", files_of(0))
 @pytest.mark.parametrize("step", STEPS[:-1])
 def test_a_damaged_file_of_an_older_checkpoint_is_found(
-    run: Path, step: int, name: str, damage: Damage
+    run: Folder, step: int, name: str, damage: Damage
 ) -> None:
     path = folder_of(run, step) / name
     damage(path)
@@ -108,7 +121,7 @@ def test_a_damaged_file_of_an_older_checkpoint_is_found(
 @each_damage
 @pytest.mark.parametrize("index", range(RECORDS))
 def test_a_damaged_record_costs_no_more_than_its_own_checkpoint(
-    run: Path, index: int, damage: Damage
+    run: Folder, index: int, damage: Damage
 ) -> None:
     damage(record_of(run, index))
     newest = index == RECORDS - 1
@@ -124,7 +137,7 @@ def test_a_damaged_record_costs_no_more_than_its_own_checkpoint(
 
 
 @each_damage
-def test_damage_upon_damage_falls_back_further(run: Path, damage: Damage) -> None:
+def test_damage_upon_damage_falls_back_further(run: Folder, damage: Damage) -> None:
     for path in (folder_of(run, 40) / METRICS, record_of(run, 3), folder_of(run, 20) / METRICS):
         damage(path)
     step, reports = started(run)
@@ -136,79 +149,79 @@ def test_damage_upon_damage_falls_back_further(run: Path, damage: Damage) -> Non
 
 @each_damage
 def test_a_run_without_any_valid_checkpoint_says_what_to_do_each_time(
-    run: Path, damage: Damage
+    run: Folder, damage: Damage
 ) -> None:
     for step in STEPS:
         damage(folder_of(run, step) / METRICS)
     with pytest.raises(DataDamagedError, match="no valid checkpoint is left"):
-        read_newest(LocalStorage(run), RunLog(LocalStorage(run)))
+        read_newest(opened(run), RunLog(opened(run)))
     for _ in range(2):
         with pytest.raises(DataDamagedError, match=r"restore the run folder.*--run-dir") as caught:
             started(run)
         assert caught.value.exit_code == ExitCode.DATA_DAMAGED == 65
     with pytest.raises(DataDamagedError, match="quarantine"):
-        read_newest(LocalStorage(run), RunLog(LocalStorage(run)))
+        read_newest(opened(run), RunLog(opened(run)))
 
 
 def test_a_run_whose_only_checkpoint_has_a_damaged_record_does_not_start_over(
-    tmp_path: Path,
+    root: Folder,
 ) -> None:
-    storage = LocalStorage(tmp_path)
+    storage = opened(root)
     begin(storage).save(snapshot(10))
-    flip_a_bit(record_of(tmp_path, 1))
+    flip_a_bit(record_of(root, 1))
     for _ in range(2):
         with pytest.raises(DataDamagedError, match="restore the run folder"):
-            started(tmp_path)
+            started(root)
 
 
-def test_a_damaged_record_of_a_run_that_never_saved_does_not_matter(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
+def test_a_damaged_record_of_a_run_that_never_saved_does_not_matter(root: Folder) -> None:
+    storage = opened(root)
     begin(storage)
     begin(storage)
-    flip_a_bit(record_of(tmp_path, 1))
-    assert started(tmp_path)[0] == 0
+    flip_a_bit(record_of(root, 1))
+    assert started(root)[0] == 0
 
 
 @each_damage
 def test_a_run_that_lost_the_record_of_its_settings_is_refused(
-    tmp_path: Path, damage: Damage
+    root: Folder, damage: Damage
 ) -> None:
-    storage = LocalStorage(tmp_path)
+    storage = opened(root)
     begin(storage).save(snapshot(10))
-    damage(record_of(tmp_path, 0))
+    damage(record_of(root, 0))
     log = RunLog(storage)
     with pytest.raises(DataDamagedError, match=r"settings are lost: restore log/0+\.json"):
         list(lineage.attempts(log, log.read().head))
 
 
-def test_attempts_are_told_past_damaged_ones(tmp_path: Path) -> None:
-    storage, log = LocalStorage(tmp_path), RunLog(LocalStorage(tmp_path))
+def test_attempts_are_told_past_damaged_ones(root: Folder) -> None:
+    storage, log = opened(root), RunLog(opened(root))
     for _ in range(5):
         begin(storage)
     for index in (1, 3):
-        flip_a_bit(record_of(tmp_path, index))
+        flip_a_bit(record_of(root, index))
     assert [each.number for each in lineage.attempts(log, log.read().head)] == [5, 3, 1]
-    flip_a_bit(record_of(tmp_path, 4))
+    flip_a_bit(record_of(root, 4))
     assert [each.number for each in lineage.attempts(log, log.read().head)] == [3, 1]
 
 
-def test_retention_counts_verified_checkpoints_only(run: Path) -> None:
-    writer, _, _ = start(LocalStorage(run))
+def test_retention_counts_verified_checkpoints_only(run: Folder) -> None:
+    writer, _, _ = start(opened(run))
     empty(folder_of(run, 30) / METRICS)
     assert writer.retire(keep_last=2, keep_every=None) == [10]
     assert [each.step for each in writer.head.checkpoints] == [20, 40]
 
 
-def test_a_record_damaged_after_it_was_verified_stops_no_retirement(run: Path) -> None:
-    writer, _, _ = start(LocalStorage(run))
+def test_a_record_damaged_after_it_was_verified_stops_no_retirement(run: Folder) -> None:
+    writer, _, _ = start(opened(run))
     assert writer.retire(keep_last=4, keep_every=None) == []  # verifies all
     flip_a_bit(record_of(run, 2))
     assert writer.retire(keep_last=1, keep_every=None) == [10, 30]
     assert [each.step for each in writer.head.checkpoints] == [40]
 
 
-def test_a_damaged_record_suspends_the_sweep_of_folders(run: Path) -> None:
-    storage = LocalStorage(run)
+def test_a_damaged_record_suspends_the_sweep_of_folders(run: Folder) -> None:
+    storage = opened(run)
     start(storage)
     write_files(storage, "checkpoints/000000050-0003-00000000000000aa", files_of(50))
     flip_a_bit(record_of(run, 3))
@@ -221,11 +234,11 @@ def test_a_damaged_record_suspends_the_sweep_of_folders(run: Path) -> None:
     assert "000000050-0003-00000000000000aa" in storage.list("checkpoints")
 
 
-def test_pruning_a_quarantined_checkpoint_keeps_the_metrics_of_the_line(run: Path) -> None:
+def test_pruning_a_quarantined_checkpoint_keeps_the_metrics_of_the_line(run: Folder) -> None:
     empty(
         folder_of(run, 30) / "model.safetensors"
     )  # step 40 was trained from it while it was whole
-    storage, log = LocalStorage(run), RunLog(LocalStorage(run))
+    storage, log = opened(run), RunLog(opened(run))
     writer, _, _ = start(storage)
     writer.retire(keep_last=4, keep_every=None)
     start(storage)
@@ -236,10 +249,10 @@ def test_pruning_a_quarantined_checkpoint_keeps_the_metrics_of_the_line(run: Pat
     assert sorted(path.name for path in folder_of(run, 30).iterdir()) == [METRICS]
 
 
-def test_a_quarantine_tells_why(run: Path) -> None:
+def test_a_quarantine_tells_why(run: Folder) -> None:
     remove(folder_of(run, 40) / METRICS)
     started(run)
-    log = RunLog(LocalStorage(run))
+    log = RunLog(opened(run))
     body = log.record(log.read().head.index).body
     assert isinstance(body, Quarantine)
     assert (body.checkpoint, body.step) == (5, 40)
@@ -248,15 +261,15 @@ def test_a_quarantine_tells_why(run: Path) -> None:
 
 @pytest.mark.parametrize(("step", "there"), [(15, "10, 20, 30, 40"), (50, "10, 20, 30, 40")])
 def test_a_step_that_was_not_kept_is_answered_with_those_that_were(
-    run: Path, step: int, there: str
+    run: Folder, step: int, there: str
 ) -> None:
-    storage = LocalStorage(run)
+    storage = opened(run)
     with pytest.raises(UsageError, match=f"no checkpoint of step {step} .*: {there}$"):
         read_newest(storage, RunLog(storage), step=step)
 
 
-def test_a_run_that_has_not_saved_yet_is_not_called_damaged(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
+def test_a_run_that_has_not_saved_yet_is_not_called_damaged(root: Folder) -> None:
+    storage = opened(root)
     begin(storage)
     with pytest.raises(UsageError, match="no checkpoint in this run; there is: none yet"):
         read_newest(storage, RunLog(storage))

@@ -1,4 +1,7 @@
-"""`python -m fmnist_dist.evaluate`: the run's own numbers again, from what it saved."""
+"""`python -m fmnist_dist.evaluate`: the run's own numbers again, from what it saved.
+
+On a disk, and on a real S3 server.
+"""
 
 import dataclasses
 import json
@@ -11,6 +14,7 @@ import pytest
 from in_process import SmallRun, _process_as_before, small_run
 from jobs import ROOT
 from run_builders import begin, snapshot
+from run_files import Folder, opened
 
 from fmnist_dist import evaluate
 from fmnist_dist.checkpoint.local import LocalStorage
@@ -45,12 +49,16 @@ def process(*arguments: object, program: str | None = None) -> subprocess.Comple
     )
 
 
-def contents(run: Path) -> dict[Path, tuple[bytes, int]]:
+def contents(run: Folder) -> dict[Folder, tuple[bytes, object]]:
     files = (path for path in run.rglob("*") if path.is_file())
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    return {path: (path.read_bytes(), written_at(path)) for path in files}
 
 
-def recorded(run: Path) -> dict[int, dict[str, float]]:
+def written_at(path: Folder) -> object:
+    return path.stat().st_mtime_ns if isinstance(path, Path) else path.written_at()
+
+
+def recorded(run: Folder) -> dict[int, dict[str, float]]:
     """Return the evaluations among the metric rows, by step: what the run itself measured."""
     rows = [
         json.loads(line)
@@ -88,9 +96,9 @@ def test_a_trained_run_is_scored_as_it_scored_itself_bit_for_bit(trained_run: Pa
     [(["--ema=0.9"], "ema"), (["--ema=0"], "model"), (["--precision=bf16"], "ema")],
 )
 def test_every_evaluated_step_is_scored_as_the_run_scored_it(
-    flags: list[str], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], weights: str, root: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with small_run(tmp_path) as run:
+    with small_run(tmp_path, root) as run:
         for last in (3, 9):
             assert run.launch(f"--max-steps={last}", "--keep-last=9", *flags).code == 0
         own = recorded(run.root)
@@ -107,9 +115,9 @@ def test_every_evaluated_step_is_scored_as_the_run_scored_it(
 
 
 def test_without_a_step_it_is_the_newest_valid_checkpoint_and_nothing_is_put_in_quarantine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with small_run(tmp_path) as run:
+    with small_run(tmp_path, root) as run:
         assert run.launch("--max-steps=8").code == 0
         model = next(run.root.glob("checkpoints/000000008-*/model.safetensors"))
         data = bytearray(model.read_bytes())
@@ -139,25 +147,25 @@ def test_a_data_folder_that_is_not_there_is_64(
 
 
 def test_a_step_without_a_checkpoint_is_answered_with_those_that_there_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    writer = begin(LocalStorage(tmp_path / "run"))
-    code, line = refused(capsys, tmp_path / "run")
+    writer = begin(opened(root))
+    code, line = refused(capsys, root)
     assert code == ExitCode.USAGE
     assert "none yet" in line
     for step in (2, 4):
         writer.save(snapshot(step))
-    code, line = refused(capsys, tmp_path / "run", "--checkpoint=3")
+    code, line = refused(capsys, root, "--checkpoint=3")
     assert code == ExitCode.USAGE
     assert "no checkpoint of step 3 in this run; there is: 2, 4" in line
 
 
 def test_a_run_without_a_valid_checkpoint_is_65(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin(LocalStorage(tmp_path / "run")).save(snapshot(2))
-    next((tmp_path / "run").glob("checkpoints/*/model.safetensors")).unlink()
-    code, line = refused(capsys, tmp_path / "run")
+    begin(opened(root)).save(snapshot(2))
+    next(root.glob("checkpoints/*/model.safetensors")).unlink()
+    code, line = refused(capsys, root)
     assert code == ExitCode.DATA_DAMAGED
     assert "model.safetensors is missing" in line
 

@@ -1,4 +1,7 @@
-"""P4, one writer: an attempt that another launch has superseded stops, and does not come back."""
+"""P4, one writer: an attempt that another launch has superseded stops, and does not come back.
+
+On a disk, and on a real S3 server.
+"""
 
 import os
 import signal
@@ -11,10 +14,9 @@ from unittest import mock
 import pytest
 from in_process import SmallRun, launch, small_run
 from jobs import Job, alive, reached, wait_for, wait_for_step
-from run_files import assert_sound, bodies, checkpoints, kinds, log_of, saved_bytes
+from run_files import Folder, assert_sound, bodies, checkpoints, kinds, log_of, opened, saved_bytes
 from running import running
 
-from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.record import Attempt, Finish
 from fmnist_dist.checkpoint.writer import RunWriter
 from fmnist_dist.distributed import roster
@@ -25,16 +27,16 @@ FLAGS = ["--batch-size=64", "--save-every-steps=2", "--eval-every-epochs=99", "-
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[SmallRun]:
-    with small_run(tmp_path) as run:
+def run(tmp_path: Path, root: Folder) -> Iterator[SmallRun]:
+    with small_run(tmp_path, root) as run:
         yield run
 
 
-def take_over(root: Path) -> None:
+def take_over(root: Folder) -> None:
     """Append what a launch by another owner appends first."""
     log = log_of(root)
     another = replace(bodies(root, Attempt)[-1], owner="another")
-    RunWriter.begin(LocalStorage(root), log, owner="another", make=lambda _: another)
+    RunWriter.begin(opened(root), log, owner="another", make=lambda _: another)
 
 
 def test_a_superseded_attempt_stops_at_its_next_commit_and_leaves_nothing(run: SmallRun) -> None:
@@ -76,9 +78,11 @@ def test_an_owner_that_nobody_superseded_comes_back(run: SmallRun) -> None:
     assert [each.owner for each in bodies(run.root, Attempt)] == ["first", "first"]
 
 
-def test_a_second_launch_ends_the_first_which_does_not_come_back(tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    with running(Job(root, [*FLAGS, FOREVER], workers=2, max_restarts=3)) as first:
+def test_a_second_launch_ends_the_first_which_does_not_come_back(
+    root: Folder, tmp_path: Path
+) -> None:
+    job = Job(root, [*FLAGS, FOREVER], workers=2, max_restarts=3, logs=tmp_path)
+    with running(job) as first:
         wait_for_step(first, 4)
         end = reached(root)[1] + 20
         second = launch("--run-dir", str(root), *FLAGS, f"--max-steps={end}")

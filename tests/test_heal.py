@@ -1,4 +1,7 @@
-"""A lost trainer is replaced in place: nothing restarts, no step is lost, no bit differs."""
+"""A lost trainer is replaced in place: nothing restarts, no step is lost, no bit differs.
+
+On a disk, and on a real S3 server; what storage has no part in, and hundreds of kills, on a disk.
+"""
 
 import os
 import random
@@ -17,7 +20,7 @@ from alone import FLAGS, Alone
 from in_process import clean_environ, in_child, small_run
 from jobs import ROOT, Job, alive, files_of_newest, ledger, reached, show, wait_for, wait_for_step
 from launcherless import Launcherless, free_port
-from run_files import assert_sound, bodies, checkpoints, records
+from run_files import Folder, assert_sound, bodies, checkpoints, records
 from running import running
 
 from fmnist_dist import limits
@@ -44,9 +47,12 @@ def undisturbed(whole: Path) -> dict[str, str]:
     return files_of_newest(whole)
 
 
-def as_it_was(run: Path, copy: Path, *, step: int) -> Path:
+def as_it_was(run: Path, copy: Folder, *, step: int) -> Folder:
     """Copy a run as it was when the checkpoint of a step had just been committed."""
-    shutil.copytree(run, copy)
+    if isinstance(copy, Path):
+        shutil.copytree(run, copy)
+    else:
+        copy.upload(run)
     (last,) = [r.index for r in records(run) if getattr(r.body, "step", None) == step]
     for path in (copy / "log").iterdir():
         if int(path.stem) > last:
@@ -55,15 +61,17 @@ def as_it_was(run: Path, copy: Path, *, step: int) -> Path:
     return copy
 
 
-def job_of(run: Path, *flags: str, workers: int = 2) -> Job:
-    return Job(run, [*FLAGS, *flags], workers=workers, module="train_small")
+def job_of(run: Folder, *flags: str, workers: int = 2, logs: Path | None = None) -> Job:
+    return Job(run, [*FLAGS, *flags], workers=workers, module="train_small", logs=logs)
 
 
-def faulty_job(run: Path, faults: str, *flags: str) -> tuple[str, list[int]]:
+def faulty_job(
+    run: Folder, faults: str, *flags: str, logs: Path | None = None
+) -> tuple[str, list[int]]:
     """Run a job with faults to its end, each proved; return its output and first keepers."""
     with (
         mock.patch.dict(os.environ, {"FMNIST_DIST_FAULTS": faults}),
-        running(job_of(run, *flags)) as job,
+        running(job_of(run, *flags, logs=logs)) as job,
     ):
         keepers = wait_for(lambda: both(job.keeper_pids()), "keepers")
         text = job.finish()
@@ -119,7 +127,7 @@ class Killer:
         assert self.job.keeper_pids() == self.keepers
 
 
-def assert_healed(run: Path, *, kills: int) -> dict[str, Any]:
+def assert_healed(run: Folder, *, kills: int) -> dict[str, Any]:
     """Return the story of a run in which nothing was restarted, and every loss is recorded."""
     story = show(run)
     assert len(story["attempts"]) == 1
@@ -136,9 +144,9 @@ def assert_healed(run: Path, *, kills: int) -> dict[str, Any]:
 
 
 def test_trainers_killed_one_by_one_together_and_while_they_heal_lose_no_bit(
-    undisturbed: dict[str, str], tmp_path: Path
+    undisturbed: dict[str, str], root: Folder, tmp_path: Path
 ) -> None:
-    with running(job_of(tmp_path / "run", END)) as job:
+    with running(job_of(root, END, logs=tmp_path)) as job:
         killer = Killer(job)
         for rank in (0, 1, 1, 0):
             killer.kill([rank])
@@ -180,40 +188,42 @@ AT_WORK = (
 
 
 def test_trainers_that_die_at_any_work_are_replaced_and_no_bit_differs(
-    undisturbed: dict[str, str], tmp_path: Path
+    undisturbed: dict[str, str], root: Folder, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    text, _ = faulty_job(run, ",".join(AT_WORK), END, "--save-every-steps=20")
+    text, _ = faulty_job(root, ",".join(AT_WORK), END, "--save-every-steps=20", logs=tmp_path)
     assert text.count("worker lost, a new one takes its place") == len(AT_WORK)
-    story = show(run)
+    story = show(root)
     assert len(story["attempts"]) == 1
     assert [each["lost_steps"] for each in story["heals"]] == [0] * len(story["heals"])
-    steps = [each.step for each in checkpoints(run)]
+    steps = [each.step for each in checkpoints(root)]
     # The one of step 40 died with its trainer, and was made anew from the state of then.
     assert 40 <= steps[1] < 50, steps
     assert steps[0] >= 20
     assert steps[-1] == STEPS
-    assert [each.step for each in bodies(run, Finish)] == [STEPS]
-    assert files_of_newest(run) == undisturbed
-    assert_sound(run)
+    assert [each.step for each in bodies(root, Finish)] == [STEPS]
+    assert files_of_newest(root) == undisturbed
+    assert_sound(root)
 
 
 def test_trainers_that_die_while_they_restore_and_in_the_middle_of_a_save_lose_no_bit(
-    whole: Path, tmp_path: Path
+    whole: Path, root: Folder, tmp_path: Path
 ) -> None:
-    run = as_it_was(whole, tmp_path / "run", step=MIDDLE)
-    faults = "restore:crash:1@0,restore:crash:1@1,disk:kill:60"
+    run = as_it_was(whole, root, step=MIDDLE)
+    # Past the first few dozen, operations are those of saves.
+    in_a_save, said = "disk:kill:60", "kill at storage operation 60"
+    if not isinstance(root, Path):  # as it begins: `test_s3_crash_points` has its requests
+        in_a_save, said = "save:crash:4@0", "crash at save, call 4, rank 0"
+    faults = f"restore:crash:1@0,restore:crash:1@1,{in_a_save}"
     with (
         mock.patch.dict(os.environ, {"FMNIST_DIST_FAULTS": faults}),
-        running(job_of(run, END, "--save-every-steps=3")) as job,
+        running(job_of(run, END, "--save-every-steps=3", logs=tmp_path)) as job,
     ):
         keepers = wait_for(lambda: both(job.keeper_pids()), "keepers")
         wait_for_step(job, MIDDLE + 6, attempt=1)
         assert job.keeper_pids() == keepers
         text = job.finish()
     assert "fault: crash at restore, call 1, rank " in text
-    # Past the first few dozen, operations are those of saves.
-    assert "fault: kill at storage operation 60" in text
+    assert f"fault: {said}" in text
     assert len({each["owner"] for each in show(run)["attempts"]}) == 2
     assert files_of_newest(run) == files_of_newest(whole)
     assert_sound(run)
@@ -221,8 +231,10 @@ def test_trainers_that_die_while_they_restore_and_in_the_middle_of_a_save_lose_n
     assert proof.returncode == 0, proof.stdout + proof.stderr
 
 
-def test_once_the_run_is_finished_a_keeper_exits_0_however_its_trainer_ends(tmp_path: Path) -> None:
-    with small_run(tmp_path) as run:
+def test_once_the_run_is_finished_a_keeper_exits_0_however_its_trainer_ends(
+    root: Folder, tmp_path: Path
+) -> None:
+    with small_run(tmp_path, root) as run:
         faults = {"FMNIST_DIST_FAULTS": "finish:crash:1", "FMNIST_DIST_NO_KEEPER": "false"}
         ended = in_child(run, "--max-steps=8", **faults)
         assert "fault: crash at finish, call 1, rank 0" in ended.stderr

@@ -1,4 +1,7 @@
-"""P5: every sample exactly once per epoch, proved from what was really gathered."""
+"""P5: every sample exactly once per epoch, proved from what was really gathered.
+
+On a disk, and on a real S3 server.
+"""
 
 from pathlib import Path
 from unittest import mock
@@ -6,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from in_process import NUM_SAMPLES, SmallRun, small_run
-from run_files import log_of
+from run_files import Folder, log_of
 from torch import Tensor
 
 from fmnist_dist import runs
@@ -23,8 +26,10 @@ def prove(run: SmallRun) -> list[ledger.EpochProof]:
     return ledger.prove(line, num_samples=NUM_SAMPLES, finished_epochs=epochs)
 
 
-def test_three_epochs_of_a_run_that_was_stopped_and_resumed_are_proved(tmp_path: Path) -> None:
-    with small_run(tmp_path) as run:
+def test_three_epochs_of_a_run_that_was_stopped_and_resumed_are_proved(
+    root: Folder, tmp_path: Path
+) -> None:
+    with small_run(tmp_path, root) as run:
         for last in (2, 3, 7, 12):  # in mid-epoch, before an epoch's last step, across one
             assert run.launch(f"--max-steps={last}", "--epochs=3").code == 0
         assert [(p.epoch, p.consumed, p.exactly_once) for p in prove(run)] == [
@@ -36,7 +41,7 @@ def test_three_epochs_of_a_run_that_was_stopped_and_resumed_are_proved(tmp_path:
 
 @pytest.mark.parametrize("wrong", ["twice", "neighbour", "augmentation only"])
 def test_a_planted_wrong_index_fails_its_epoch_and_no_other(
-    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wrong: str, root: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = Split.gather
     planted: list[int] = []
@@ -56,7 +61,7 @@ def test_a_planted_wrong_index_fails_its_epoch_and_no_other(
                     ids[0] = NUM_SAMPLES - 1 - ids[0]
         return original(self, ids, augmentation)
 
-    with small_run(tmp_path) as run, mock.patch.object(Split, "gather", gather):
+    with small_run(tmp_path, root) as run, mock.patch.object(Split, "gather", gather):
         assert run.launch("--epochs=3", "--save-every-steps=2").code == 0
         assert len(planted) == 1
         damaged = wrong != "augmentation only"

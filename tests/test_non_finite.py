@@ -1,4 +1,7 @@
-"""A loss that is no number: the run stops, skips the step, or rolls back, and always alike."""
+"""A loss that is no number: the run stops, skips the step, or rolls back, and always alike.
+
+On a disk, and on a real S3 server; a kill at an operation is that of a disk.
+"""
 
 import json
 import subprocess
@@ -17,7 +20,8 @@ from in_process import (
     small_run,
 )
 from jobs import ledger, show
-from run_files import assert_sound, bodies, checkpoints, kinds, log_of, model_sha256
+from on_s3 import disk_only
+from run_files import Folder, assert_sound, bodies, checkpoints, kinds, log_of, model_sha256
 
 from fmnist_dist import runs
 from fmnist_dist.checkpoint.record import Finish, Quarantine, Rollback
@@ -31,8 +35,8 @@ DIVERGES = ("--schedule", "constant", "--lr", "1e30")
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[SmallRun]:
-    with small_run(tmp_path) as run:
+def run(tmp_path: Path, root: Folder) -> Iterator[SmallRun]:
+    with small_run(tmp_path, root) as run:
         yield run
 
 
@@ -45,7 +49,7 @@ def without_loss(run: SmallRun, what: str, when: str, flags: tuple[str, ...] = F
     return ended
 
 
-def rows(root: Path) -> list[dict[str, Any]]:
+def rows(root: Folder) -> list[dict[str, Any]]:
     """Return the metric rows of all checkpoints, refusing what is no JSON, as NaN is none."""
 
     def refuse(constant: str) -> None:
@@ -58,7 +62,7 @@ def rows(root: Path) -> list[dict[str, Any]]:
     ]
 
 
-def readable(root: Path, out: Path) -> dict[str, Any]:
+def readable(root: Folder, out: Path) -> dict[str, Any]:
     """Return what `runs show --json` says; the run's other commands have to work as well."""
     proof = ledger(root)
     assert proof.returncode == 0, proof.stdout + proof.stderr
@@ -224,6 +228,7 @@ def test_a_loss_that_stays_away_is_rolled_back_once_for_each_checkpoint_and_then
     assert "finish" not in kinds(run.root)
 
 
+@disk_only
 def test_a_process_that_is_killed_at_any_moment_of_a_rollback_ends_with_the_same_bits(
     run: SmallRun,
 ) -> None:

@@ -2,6 +2,8 @@
 
 A setting may change while a run goes on: the run's log then says from which step on, before that
 step runs, and no kill and no old command line takes it back.
+
+On a disk, and on a real S3 server; kills and a full disk at an operation are those of a disk.
 """
 
 import json
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 from in_process import SmallRun, in_child, launch, number_of, operations, small_run
+from on_s3 import disk_only
 from run_files import (
+    Folder,
     assert_sound,
     bodies,
     checkpoints,
@@ -32,12 +36,12 @@ CONSTANT = ("--schedule", "constant", "--save-every-steps", "2")
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[SmallRun]:
-    with small_run(tmp_path) as run:
+def run(tmp_path: Path, root: Folder) -> Iterator[SmallRun]:
+    with small_run(tmp_path, root) as run:
         yield run
 
 
-def rates(root: Path) -> dict[int, float]:
+def rates(root: Folder) -> dict[int, float]:
     """Return the learning rate of each step of the committed line, as the metrics have it."""
     rows = [
         json.loads(line)
@@ -47,7 +51,7 @@ def rates(root: Path) -> dict[int, float]:
     return {row["step"]: row["lr"] for row in rows if "lr" in row}
 
 
-def overrides(root: Path) -> list[tuple[int, dict[str, Any]]]:
+def overrides(root: Folder) -> list[tuple[int, dict[str, Any]]]:
     return [(each.step, each.settings) for each in bodies(root, Override)]
 
 
@@ -84,6 +88,7 @@ def test_an_old_command_line_undoes_nothing_that_was_changed_meanwhile(run: Smal
     assert rates(run.root)[6] == 0.2
 
 
+@disk_only
 def test_a_kill_between_the_attempt_and_its_override_does_not_lose_it(run: SmallRun) -> None:
     assert run.launch("--max-steps", "2", *CONSTANT, "--lr", "0.1").code == 0
     changed = ("--max-steps", "4", *CONSTANT, "--lr", "0.05")
@@ -99,6 +104,7 @@ def test_a_kill_between_the_attempt_and_its_override_does_not_lose_it(run: Small
     assert rates(run.root) == {1: 0.1, 2: 0.1, 3: 0.05, 4: 0.05}
 
 
+@disk_only
 def test_an_override_that_could_not_be_recorded_is_made_by_a_launch_that_does_not_ask_for_it(
     run: SmallRun,
 ) -> None:

@@ -1,4 +1,7 @@
-"""torchrun's restarts: the trap of its shared store, and what is said where there are none."""
+"""torchrun's restarts: the trap of its shared store, and what is said where there are none.
+
+The first on a disk, and on a real S3 server.
+"""
 
 import random
 from pathlib import Path
@@ -6,15 +9,17 @@ from pathlib import Path
 import pytest
 from in_process import small_run
 from jobs import Job, files_of_newest, ledger, show, wait_for, wait_for_step
-from run_files import assert_sound
+from run_files import Folder, assert_sound
 from running import running
 
 FLAGS = ["--batch-size=256", "--save-every-steps=5", "--max-steps=26", "--eval-every-epochs=99"]
 
 
-def test_workers_killed_again_and_again_meet_again_under_plain_torchrun(tmp_path: Path) -> None:
+def test_workers_killed_again_and_again_meet_again_under_plain_torchrun(
+    root: Folder, tmp_path: Path
+) -> None:
     """Stock workers hang here in most cases: they find dead addresses in the launcher's store."""
-    job = Job(tmp_path / "run", FLAGS, module="train_small").start()
+    job = Job(root, FLAGS, module="train_small", logs=tmp_path).start()
     for kill, step in enumerate((4, 12, 20)):
         wait_for_step(job, step, attempt=kill)
         job.kill_worker(kill % 2)

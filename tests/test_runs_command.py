@@ -1,4 +1,7 @@
-"""`python -m fmnist_dist.runs`: what it tells of a run, how it ends, and what it leaves alone."""
+"""`python -m fmnist_dist.runs`: what it tells of a run, how it ends, and what it leaves alone.
+
+On a disk, and on a real S3 server; folders that are no run, and a run that was trained, on a disk.
+"""
 
 import dataclasses
 import hashlib
@@ -13,12 +16,14 @@ import numpy as np
 import pytest
 from jobs import ROOT
 from run_builders import attempt, files_of, snapshot
+from run_files import Folder, opened
 
 from fmnist_dist import digest, keys, runs
 from fmnist_dist.checkpoint.head import Head
 from fmnist_dist.checkpoint.hint import ProgressHint
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
+from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.record import Attempt, path_of
 from fmnist_dist.checkpoint.verify import verify
 from fmnist_dist.checkpoint.writer import RunWriter
@@ -62,9 +67,9 @@ def process(*arguments: object, program: str | None = None) -> subprocess.Comple
     )
 
 
-def begin(root: Path, owner: str = "pod-a", *, same_bits: bool = True) -> RunWriter:
+def begin(root: Folder, owner: str = "pod-a", *, same_bits: bool = True) -> RunWriter:
     """Take a fake run over, as a launch does."""
-    storage = LocalStorage(root)
+    storage = opened(root)
 
     def make(_: Head) -> Attempt:
         own = attempt(owner)
@@ -80,20 +85,20 @@ def save(writer: RunWriter, *steps: int, reason: str = "steps") -> None:
         assert writer.save(dataclasses.replace(snapshot(step), reason=reason))
 
 
-def reach(root: Path, attempt_number: int, first: int, last: int) -> None:
-    hint = ProgressHint(root / "progress", attempt=attempt_number, first_step=first)
+def reach(root: Folder, attempt_number: int, first: int, last: int) -> None:
+    hint = ProgressHint(Place.of(str(root)).notes, attempt=attempt_number, first_step=first)
     hint.reached(last)
     hint.close()
 
 
-def story(command: Command, root: Path) -> dict[str, Any]:
+def story(command: Command, root: Folder) -> dict[str, Any]:
     code, out, err = command("show", root, "--json")
     assert (code, err) == (0, "")
     found: dict[str, Any] = json.loads(out)
     return found
 
 
-def damage(root: Path, pattern: str) -> None:
+def damage(root: Folder, pattern: str) -> None:
     path = max(root.glob(pattern))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -108,8 +113,7 @@ def contents(root: Path) -> dict[str, bytes]:
 # show
 
 
-def test_json_has_the_fixed_keys_and_what_the_log_holds(tmp_path: Path, command: Command) -> None:
-    root = tmp_path / "run"
+def test_json_has_the_fixed_keys_and_what_the_log_holds(root: Folder, command: Command) -> None:
     writer = begin(root)
     save(writer, 2, 4)
     writer.override(step=4, settings={"lr": 0.1})
@@ -153,9 +157,8 @@ def test_json_has_the_fixed_keys_and_what_the_log_holds(tmp_path: Path, command:
 
 
 def test_the_interval_that_the_newest_attempt_has_chosen_is_shown(
-    tmp_path: Path, command: Command
+    root: Folder, command: Command
 ) -> None:
-    root = tmp_path / "run"
     chosen = choose(
         cost=Cost(pause_seconds=0.25, save_seconds=0.5),
         evidence=Evidence(interruptions=3, seconds=7200.0),
@@ -174,16 +177,16 @@ def test_the_interval_that_the_newest_attempt_has_chosen_is_shown(
     assert "(auto)" not in command("show", root)[1]
 
 
-def test_metrics_of_a_finished_run_are_those_of_its_end(tmp_path: Path, command: Command) -> None:
-    writer = begin(tmp_path / "run")
+def test_metrics_of_a_finished_run_are_those_of_its_end(root: Folder, command: Command) -> None:
+    writer = begin(root)
     save(writer, 2)
     writer.finish(step=2, reason="epochs", metrics={"train_loss": 0.5, "test_accuracy": 0.9})
-    found = story(command, tmp_path / "run")
+    found = story(command, root)
     assert found["status"] == "finished"
     assert found["metrics"] == {"train_loss": 0.5, "test_accuracy": 0.9}
     assert found["attempts"][-1]["ended"] == "finished"
-    begin(tmp_path / "run")  # goes on, so nothing of the end counts any more
-    found = story(command, tmp_path / "run")
+    begin(root)  # goes on, so nothing of the end counts any more
+    found = story(command, root)
     assert found["status"] == "running"
     assert found["metrics"] == {"train_loss": 0.5}
 
@@ -196,9 +199,8 @@ def test_a_run_whose_log_is_empty_is_new(tmp_path: Path, command: Command) -> No
 
 
 def test_attempts_tell_where_they_began_how_far_they_got_and_what_was_lost(
-    tmp_path: Path, command: Command
+    root: Folder, command: Command
 ) -> None:
-    root = tmp_path / "run"
     save(begin(root), 2, 4)
     reach(root, 1, 0, 7)  # killed at step 7: 3 steps lost
     writer = begin(root)
@@ -219,9 +221,8 @@ def test_attempts_tell_where_they_began_how_far_they_got_and_what_was_lost(
 
 
 def test_falling_back_behind_a_damaged_checkpoint_counts_as_lost_steps(
-    tmp_path: Path, command: Command
+    root: Folder, command: Command
 ) -> None:
-    root = tmp_path / "run"
     save(begin(root), 2, 4)
     reach(root, 1, 0, 5)
     damage(root, "checkpoints/000000004-*/model.safetensors")
@@ -232,8 +233,7 @@ def test_falling_back_behind_a_damaged_checkpoint_counts_as_lost_steps(
     assert found["step"] == 2
 
 
-def test_other_bits_on_one_machine_show_for_ever(tmp_path: Path, command: Command) -> None:
-    root = tmp_path / "run"
+def test_other_bits_on_one_machine_show_for_ever(root: Folder, command: Command) -> None:
     save(begin(root), 2)
     save(begin(root, same_bits=False), 4)
     save(begin(root), 6)
@@ -241,8 +241,7 @@ def test_other_bits_on_one_machine_show_for_ever(tmp_path: Path, command: Comman
     assert "same bits  no" in command("show", root)[1]
 
 
-def test_the_page_holds_what_json_holds(tmp_path: Path, command: Command) -> None:
-    root = tmp_path / "run"
+def test_the_page_holds_what_json_holds(root: Folder, command: Command) -> None:
     writer = begin(root)
     save(writer, 2, 4)
     writer.override(step=4, settings={"lr": 0.1})
@@ -262,8 +261,7 @@ def test_the_page_holds_what_json_holds(tmp_path: Path, command: Command) -> Non
     assert any(line[:2] == ["2", "0.2"] and line[-1] == sha256[:12] for line in lines)
 
 
-def test_damaged_records_are_left_out_and_named_on_stderr(tmp_path: Path, command: Command) -> None:
-    root = tmp_path / "run"
+def test_damaged_records_are_left_out_and_named_on_stderr(root: Folder, command: Command) -> None:
     writer = begin(root)
     save(writer, 2, 4)
     save(writer, 6)
@@ -276,10 +274,10 @@ def test_damaged_records_are_left_out_and_named_on_stderr(tmp_path: Path, comman
     assert [each["step"] for each in found["checkpoints"]] == [2, 6]
 
 
-def test_a_log_without_an_intact_record_is_65(tmp_path: Path, command: Command) -> None:
-    begin(tmp_path / "run")
-    damage(tmp_path / "run", path_of(0))
-    code, out, err = command("show", tmp_path / "run")
+def test_a_log_without_an_intact_record_is_65(root: Folder, command: Command) -> None:
+    begin(root)
+    damage(root, path_of(0))
+    code, out, err = command("show", root)
     assert (code, out) == (ExitCode.DATA_DAMAGED, "")
     assert err.startswith("fmnist_dist.runs: all 1 records of the run log are damaged")
 
@@ -366,8 +364,7 @@ def test_no_command_prints_help_and_is_64(command: Command) -> None:
 # verify
 
 
-def test_verify_reads_every_file_and_names_each_damage(tmp_path: Path, command: Command) -> None:
-    root = tmp_path / "run"
+def test_verify_reads_every_file_and_names_each_damage(root: Folder, command: Command) -> None:
     save(begin(root), 2, 4, 6)
     code, out, err = command("verify", root)
     assert (code, err) == (0, "")
@@ -385,8 +382,7 @@ def test_verify_reads_every_file_and_names_each_damage(tmp_path: Path, command: 
     assert command("verify", root)[0] == 0
 
 
-def test_verify_says_when_no_valid_checkpoint_is_left(tmp_path: Path, command: Command) -> None:
-    root = tmp_path / "run"
+def test_verify_says_when_no_valid_checkpoint_is_left(root: Folder, command: Command) -> None:
     save(begin(root), 2)
     next(root.glob("checkpoints/*/model.safetensors")).unlink()
     code, out, err = command("verify", root)
@@ -396,9 +392,8 @@ def test_verify_says_when_no_valid_checkpoint_is_left(tmp_path: Path, command: C
 
 
 def test_verify_finds_a_damaged_record_and_metrics_of_a_retired_checkpoint(
-    tmp_path: Path, command: Command
+    root: Folder, command: Command
 ) -> None:
-    root = tmp_path / "run"
     writer = begin(root)
     save(writer, 2, 4, 6)
     writer.retire(keep_last=1, keep_every=None)
@@ -412,9 +407,8 @@ def test_verify_finds_a_damaged_record_and_metrics_of_a_retired_checkpoint(
 
 
 def test_a_checkpoint_in_quarantine_is_named_and_is_no_damage(
-    tmp_path: Path, command: Command
+    root: Folder, command: Command
 ) -> None:
-    root = tmp_path / "run"
     save(begin(root), 2, 4)
     damage(root, "checkpoints/000000004-*/model.safetensors")
     assert command("verify", root)[0] == ExitCode.DATA_DAMAGED
@@ -446,15 +440,14 @@ def test_a_checkpoint_that_is_retired_while_it_is_read_is_no_damage(tmp_path: Pa
 
 
 def test_prune_deletes_orphans_of_older_attempts_and_names_them(
-    tmp_path: Path, command: Command
+    root: Folder, command: Command
 ) -> None:
-    root = tmp_path / "run"
     save(begin(root), 2)
     orphans = []
     for number in (1, 2):
-        orphans.append(root / f"checkpoints/000000009-{number:04d}-0123456789abcdef/part")
-        orphans[-1].parent.mkdir()
-        orphans[-1].touch()
+        name = f"checkpoints/000000009-{number:04d}-0123456789abcdef/part"
+        opened(root).create(name, b"")
+        orphans.append(root / name)
     begin(root)  # sweeps nothing by itself here; its own folders may still be wanted
     code, out, err = command("prune", root)
     assert (code, err) == (0, "")
@@ -465,11 +458,10 @@ def test_prune_deletes_orphans_of_older_attempts_and_names_them(
     assert command("verify", root)[0] == 0
 
 
-def test_prune_deletes_nothing_where_a_record_is_damaged(tmp_path: Path, command: Command) -> None:
-    root = tmp_path / "run"
+def test_prune_deletes_nothing_where_a_record_is_damaged(root: Folder, command: Command) -> None:
     save(begin(root), 2, 4)
     orphan = root / "checkpoints/000000009-0001-0123456789abcdef"
-    orphan.mkdir()
+    opened(root).create(f"checkpoints/{orphan.name}/part", b"")
     begin(root)
     damage(root, path_of(1))
     code, out, err = command("prune", root)
@@ -492,7 +484,7 @@ def planned(steps: int) -> Ids:
     return ids
 
 
-def consume(root: Path, ids: Mapping[int, list[int]], *, every: int) -> None:
+def consume(root: Folder, ids: Mapping[int, list[int]], *, every: int) -> None:
     """Make a run that gathered `ids` and saved after every `every` steps."""
     writer = begin(root)
     table = keys.identity_table(NUM_SAMPLES)
@@ -530,17 +522,17 @@ def test_the_fake_run_is_planned_as_the_plan_says() -> None:
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 11])
 def test_finished_epochs_are_proved_wherever_checkpoints_fell(
-    every: int, tmp_path: Path, command: Command
+    every: int, root: Folder, command: Command
 ) -> None:
-    consume(tmp_path / "run", planned(11), every=every)
-    code, out, err = command("ledger", tmp_path / "run")
+    consume(root, planned(11), every=every)
+    code, out, err = command("ledger", root)
     assert (code, err) == (0, "")
     last = 11 // every * every
     proved = [f"epoch {e}        proved: each of 60 samples exactly once" for e in range(last // 4)]
     assert [line for line in out.splitlines() if "proved" in line] == proved
     in_progress = 16 * (last % 4)
     assert (f"in progress: {in_progress} of 60 samples" in out) is (in_progress > 0)
-    told = json.loads(command("ledger", tmp_path / "run", "--json")[1])
+    told = json.loads(command("ledger", root, "--json")[1])
     assert told["proved"] is True
     assert told["repeated"] == []
 
@@ -573,14 +565,14 @@ def two_wrongs(ids: Ids) -> None:
 @pytest.mark.parametrize("every", [1, 2, 3, 12])
 @pytest.mark.parametrize("plant", [twice, foreign, missing, shifted, two_wrongs])
 def test_a_planted_wrong_sample_fails_its_epoch_only_and_the_step_is_narrowed_down(
-    plant: Callable[[Ids], None], every: int, tmp_path: Path, command: Command
+    plant: Callable[[Ids], None], every: int, root: Folder, command: Command
 ) -> None:
     ids = planned(12)
     right = {step: sorted(taken) for step, taken in ids.items()}
     plant(ids)
     assert next(step for step in ids if sorted(ids[step]) != right[step]) == 6
-    consume(tmp_path / "run", ids, every=every)
-    code, out, err = command("ledger", tmp_path / "run")
+    consume(root, ids, every=every)
+    code, out, err = command("ledger", root)
     assert code == ExitCode.DATA_DAMAGED
     consumed = sum(len(ids[step]) for step in range(5, 9))
     assert err.endswith(
@@ -588,7 +580,7 @@ def test_a_planted_wrong_sample_fails_its_epoch_only_and_the_step_is_narrowed_do
     )
     assert "epoch 1        NOT PROVED: " in out
     assert out.count(" proved: ") == 2
-    told = json.loads(command("ledger", tmp_path / "run", "--json")[1])
+    told = json.loads(command("ledger", root, "--json")[1])
     assert told["proved"] is False
     assert [each["exactly_once"] for each in told["epochs"]] == [True, False, True]
     suspect = told["epochs"][1]["suspect"]
@@ -616,20 +608,15 @@ def test_a_step_that_was_left_out_or_done_twice_is_named(tmp_path: Path, command
     )
 
 
-def test_an_epoch_that_no_checkpoint_counted_is_not_proved(
-    tmp_path: Path, command: Command
-) -> None:
-    writer = begin(tmp_path / "run")
+def test_an_epoch_that_no_checkpoint_counted_is_not_proved(root: Folder, command: Command) -> None:
+    writer = begin(root)
     writer.save(dataclasses.replace(snapshot(4), epoch=1.0, ledger=()))
-    code, out, _ = command("ledger", tmp_path / "run")
+    code, out, _ = command("ledger", root)
     assert code == ExitCode.DATA_DAMAGED
     assert "epoch 0        NOT PROVED: consumed 0, expected 60" in out
 
 
-def test_repeated_work_is_listed_and_leaves_the_proof_alone(
-    tmp_path: Path, command: Command
-) -> None:
-    root = tmp_path / "run"
+def test_repeated_work_is_listed_and_leaves_the_proof_alone(root: Folder, command: Command) -> None:
     consume(root, planned(8), every=4)
     reach(root, 1, 0, 10)
     begin(root)  # nobody knows how far this one got
@@ -645,8 +632,7 @@ def test_repeated_work_is_listed_and_leaves_the_proof_alone(
     ]
 
 
-def test_a_broken_line_proves_nothing(tmp_path: Path, command: Command) -> None:
-    root = tmp_path / "run"
+def test_a_broken_line_proves_nothing(root: Folder, command: Command) -> None:
     consume(root, planned(8), every=2)
     damage(root, path_of(1))
     code, _, err = command("ledger", root)

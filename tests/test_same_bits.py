@@ -1,10 +1,14 @@
-"""P1: final weights have the same bits, whatever was killed and however many workers there were."""
+"""P1: final weights have the same bits, whatever was killed and however many workers there were.
+
+On a disk, and on a real S3 server; hundreds of steps on a disk.
+"""
 
 import random
 from pathlib import Path
 
 import pytest
 from jobs import Job, files_of_newest, ledger, show, wait_for_step
+from run_files import Folder
 
 # 4,000 images in batches of 256 are 16 steps an epoch; the last one is smaller.
 SMALL = "train_small"
@@ -19,7 +23,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def assert_same(run: Path, reference: Path) -> None:
+def assert_same(run: Folder, reference: Path) -> None:
     one, other = show(run), show(reference)
     assert one["status"] == other["status"] == "finished"
     assert one["step"] == other["step"]
@@ -32,10 +36,10 @@ def assert_same(run: Path, reference: Path) -> None:
 
 
 def kill_and_restart(
-    run: Path, flags: list[str], kills: list[tuple[str, int]], *, module: str
+    run: Folder, flags: list[str], kills: list[tuple[str, int]], *, module: str, logs: Path
 ) -> tuple[list[int], list[str]]:
     """Kill `rank 0`, `rank 1` or `all` once the given step is done; return dead pids and output."""
-    job = Job(run, flags, module=module).start()
+    job = Job(run, flags, module=module, logs=logs).start()
     dead: list[int] = []
     texts: list[str] = []
     for attempt, (what, step) in enumerate(kills):
@@ -44,7 +48,7 @@ def kill_and_restart(
         if what == "all":
             dead += job.kill_all()
             texts.append(job.text())
-            job = Job(run, flags, module=module).start()
+            job = Job(run, flags, module=module, logs=logs).start()
         else:
             dead.append(job.kill_worker(int(what.removeprefix("rank "))))
     texts.append(job.finish())
@@ -52,33 +56,30 @@ def kill_and_restart(
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Path, root: Folder, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    dead, texts = kill_and_restart(
-        run, [*SHORT, SHORT_END], [("rank 1", 6), ("all", 15), ("rank 0", 23)], module=SMALL
-    )
+    kills = [("rank 1", 6), ("all", 15), ("rank 0", 23)]
+    dead, texts = kill_and_restart(root, [*SHORT, SHORT_END], kills, module=SMALL, logs=tmp_path)
     assert len(dead) == 6  # two keepers, and an agent's two with their trainers
-    story = show(run)
+    story = show(root)
     assert len(story["attempts"]) == 4
     # Who lost a keeper had survivors that saved; who lost its agent had none.
     lost = [each["lost_steps"] for each in story["attempts"]]
     assert [lost[0], lost[2], lost[3]] == [0, 0, 0]
     assert 0 <= lost[1] <= 4
     assert "resumed" in texts[-1]
-    assert_same(run, undisturbed)
+    assert_same(root, undisturbed)
 
 
 def test_a_run_that_shrinks_and_grows_ends_with_the_same_bits(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Path, root: Folder, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
     for workers, max_steps in ((1, 9), (4, 22), (3, 34)):
         flags = [*SHORT, f"--max-steps={max_steps}"]
-        Job(run, flags, workers=workers, module=SMALL).start().finish()
-        assert show(run)["step"] == max_steps
-    assert [each["world_size"] for each in show(run)["attempts"]] == [1, 4, 3]
-    assert_same(run, undisturbed)
+        Job(root, flags, workers=workers, module=SMALL, logs=tmp_path).start().finish()
+        assert show(root)["step"] == max_steps
+    assert [each["world_size"] for each in show(root)["attempts"]] == [1, 4, 3]
+    assert_same(root, undisturbed)
 
 
 @pytest.mark.slow
@@ -106,7 +107,7 @@ def test_300_steps_with_10_random_kills_or_other_world_sizes(
     steps = sorted(draw.sample(range(5, 290), 10))
     kills = [(draw.choice(["rank 0", "rank 1", "all"]), step) for step in steps]
     print(kills)
-    dead, _ = kill_and_restart(killed, to_the_end, kills, module=module)
+    dead, _ = kill_and_restart(killed, to_the_end, kills, module=module, logs=tmp_path)
     assert len(dead) >= 10
     assert len(show(killed)["attempts"]) == 11
     assert_same(killed, reference)

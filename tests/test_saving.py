@@ -1,4 +1,8 @@
-"""P3, nothing lost: when checkpoints are made, and what becomes of a run that cannot make one."""
+"""P3, nothing lost: when checkpoints are made, and what becomes of a run that cannot make one.
+
+On a disk, and on a real S3 server. Full disks and operations of one are those of a disk; an object
+store that is away is in `test_s3_runs`, and kills while saving there in `test_s3_crash_points`.
+"""
 
 import os
 import re
@@ -12,7 +16,9 @@ from unittest import mock
 import pytest
 from in_process import SmallRun, in_child, launch, number_of, operations, small_run
 from jobs import Job, wait_for_step
+from on_s3 import disk_only
 from run_files import (
+    Folder,
     assert_sound,
     bodies,
     checkpoints,
@@ -34,9 +40,9 @@ MiB = 1 << 20
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallRun]:
+def run(tmp_path: Path, root: Folder, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallRun]:
     monkeypatch.setattr(limits, "SAVE_RETRY_SECONDS", 0.0)
-    with small_run(tmp_path) as run:
+    with small_run(tmp_path, root) as run:
         yield run
 
 
@@ -106,6 +112,7 @@ MOMENTS = {
 }
 
 
+@disk_only
 @pytest.mark.parametrize("name", MOMENTS)
 def test_a_full_disk_costs_one_warning_and_no_bit(
     run: SmallRun, undisturbed: str, name: str
@@ -138,6 +145,7 @@ def test_a_full_disk_costs_one_warning_and_no_bit(
     assert_sound(run.root)
 
 
+@disk_only
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("times", [1, 7])
@@ -177,6 +185,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
 
 
+@disk_only
 def test_training_outlives_a_disk_that_is_really_full(
     run: SmallRun, undisturbed: str, tiny: Path
 ) -> None:
@@ -204,6 +213,7 @@ def away_from_saving(run: SmallRun) -> dict[str, str]:
     return {"FMNIST_DIST_FAULTS": f"disk:full:{number}:1000000"}
 
 
+@disk_only
 def test_storage_that_stays_away_too_long_ends_the_launch_and_loses_nothing(
     run: SmallRun, undisturbed: str
 ) -> None:
@@ -223,6 +233,7 @@ def test_storage_that_stays_away_too_long_ends_the_launch_and_loses_nothing(
     assert model_sha256(run.root) == undisturbed
 
 
+@disk_only
 def test_storage_that_stays_away_says_what_is_safe_and_what_to_do(run: SmallRun) -> None:
     assert run.launch("--max-steps", "2").code == 0
     ended = run.launch(*EVERY_TWO, "--max-unsaved-seconds", "1e-6", environ=away_from_saving(run))
@@ -231,6 +242,7 @@ def test_storage_that_stays_away_says_what_is_safe_and_what_to_do(run: SmallRun)
     assert "step 2" in line
 
 
+@disk_only
 def test_a_checkpoint_that_stands_is_not_called_failed(
     run: SmallRun,
 ) -> None:
@@ -264,6 +276,7 @@ def test_a_second_interrupt_stops_at_once(run: SmallRun, undisturbed: str) -> No
     assert model_sha256(run.root) == undisturbed
 
 
+@disk_only
 def test_a_run_that_cannot_save_when_it_is_asked_to_stop_does_not_say_that_it_did(
     run: SmallRun,
 ) -> None:
@@ -302,6 +315,7 @@ def after(text: str, *signals: signal.Signals) -> Callable[[str], None]:
     return told
 
 
+@disk_only
 @pytest.mark.slow  # `test_crash_points.py` has every such moment, without training
 def test_a_kill_while_saving_loses_that_save_only(run: SmallRun) -> None:
     number = number_of(operations(run, *EVERY_TWO), "write", after="link .*log/000000000001")
@@ -319,7 +333,7 @@ def test_a_kill_while_saving_loses_that_save_only(run: SmallRun) -> None:
 LAUNCHED = ["--batch-size=64", "--save-every-seconds=none", "--device=cpu"]
 
 
-def assert_goes_on_at(root: Path, step: int, *, attempt: int) -> None:
+def assert_goes_on_at(root: Folder, step: int, *, attempt: int) -> None:
     """Launch once more, which has nothing to train: it stands where it was asked to stop."""
     again = launch("--run-dir", str(root), *LAUNCHED, f"--max-steps={step}")
     assert again.code == 0
@@ -328,10 +342,11 @@ def assert_goes_on_at(root: Path, step: int, *, attempt: int) -> None:
     assert_sound(root)
 
 
-def test_when_one_worker_is_asked_to_stop_all_stop_after_the_same_step(tmp_path: Path) -> None:
-    root = tmp_path / "run"
+def test_when_one_worker_is_asked_to_stop_all_stop_after_the_same_step(
+    root: Folder, tmp_path: Path
+) -> None:
     flags = [*LAUNCHED, "--max-steps=1000000"]
-    with running(Job(root, flags, workers=2, max_restarts=0)) as job:
+    with running(Job(root, flags, workers=2, max_restarts=0, logs=tmp_path)) as job:
         wait_for_step(job, 2)
         os.kill(job.worker_pids()[1], signal.SIGTERM)  # rank 1; rank 0 saves
         text = job.wait()
@@ -345,11 +360,10 @@ def test_when_one_worker_is_asked_to_stop_all_stop_after_the_same_step(tmp_path:
 
 @pytest.mark.slow
 def test_neither_a_restart_after_a_stop_nor_the_stop_of_an_agent_loses_a_step(
-    tmp_path: Path,
+    root: Folder, tmp_path: Path
 ) -> None:
-    root = tmp_path / "run"
     flags = [*LAUNCHED, "--max-steps=1000000"]
-    with running(Job(root, flags, workers=2, max_restarts=1)) as job:
+    with running(Job(root, flags, workers=2, max_restarts=1, logs=tmp_path)) as job:
         wait_for_step(job, 2)
         os.kill(job.worker_pids()[0], signal.SIGTERM)
         wait_for_step(job, 0, attempt=1)  # torchrun has started the workers again

@@ -1,4 +1,7 @@
-"""Whoever is left when a rank or a step fails: its state is whole, and is saved once."""
+"""Whoever is left when a rank or a step fails: its state is whole, and is saved once.
+
+The first on a disk, and on a real S3 server.
+"""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from jobs import Job, reached, show, wait_for, wait_for_step
-from run_files import assert_sound, checkpoints, log_of
+from run_files import Folder, assert_sound, checkpoints, log_of
 from running import running
 from step_child import small_dataset
 
@@ -28,9 +31,10 @@ LAST_STEP = 55  # before the first epoch's end: no checkpoint is due on the way
 RESTART_SECONDS = 25
 
 
-def test_survivors_of_a_lost_keeper_save_its_last_step_once(tmp_path: Path) -> None:
+def test_survivors_of_a_lost_keeper_save_its_last_step_once(root: Folder, tmp_path: Path) -> None:
     flags = ["--batch-size=64", f"--max-steps={LAST_STEP}", "--eval-every-epochs=99"]
-    with running(Job(tmp_path / "run", flags, max_restarts=3, module="train_small")) as job:
+    job = Job(root, flags, max_restarts=3, module="train_small", logs=tmp_path)
+    with running(job):
         wait_for_step(job, 5)
         job.kill_keeper(1)
         began = time.monotonic()

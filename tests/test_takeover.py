@@ -1,4 +1,7 @@
-"""What an attempt finds out about its machine and its run when it takes over."""
+"""What an attempt finds out about its machine and its run when it takes over.
+
+On a disk, and on a real S3 server.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +9,7 @@ from unittest import mock
 
 import pytest
 from in_process import small_run
-from run_files import bodies, log_of
+from run_files import Folder, bodies, log_of
 
 from fmnist_dist import opening
 from fmnist_dist.checkpoint.place import Place
@@ -14,8 +17,10 @@ from fmnist_dist.checkpoint.record import Attempt
 from fmnist_dist.errors import IncompatibleError, PeerLostError
 
 
-def test_another_instruction_set_warns_and_is_recorded_but_never_refused(tmp_path: Path) -> None:
-    with small_run(tmp_path) as run:
+def test_another_instruction_set_warns_and_is_recorded_but_never_refused(
+    root: Folder, tmp_path: Path
+) -> None:
+    with small_run(tmp_path, root) as run:
         assert run.launch("--max-steps=2").code == 0
         assert log_of(run.root).read().head.same_bits
         elsewhere = {"torch": "2.99.0", "instruction_set": "SVE512", "cpu_flags": "", "device": "x"}
@@ -32,8 +37,10 @@ def test_another_instruction_set_warns_and_is_recorded_but_never_refused(tmp_pat
         assert [body.same_bits for body in bodies(run.root, Attempt)] == [True, False, False]
 
 
-def test_a_resumed_run_says_from_where_and_what_was_lost_in_one_line(tmp_path: Path) -> None:
-    with small_run(tmp_path) as run:
+def test_a_resumed_run_says_from_where_and_what_was_lost_in_one_line(
+    root: Folder, tmp_path: Path
+) -> None:
+    with small_run(tmp_path, root) as run:
         assert run.launch("--max-steps=3").saying(" resumed ") == []
         (line,) = run.launch("--max-steps=5").saying(" resumed ")
         assert 'checkpoint="step 3"' in line
@@ -41,8 +48,10 @@ def test_a_resumed_run_says_from_where_and_what_was_lost_in_one_line(tmp_path: P
         assert "lost_steps=0" in line
 
 
-def test_a_checkpoint_record_names_the_attempt_before_as_swept(tmp_path: Path) -> None:
-    with small_run(tmp_path) as run:
+def test_a_checkpoint_record_names_the_attempt_before_as_swept(
+    root: Folder, tmp_path: Path
+) -> None:
+    with small_run(tmp_path, root) as run:
         for last in (2, 4, 6):
             assert run.launch(f"--max-steps={last}").code == 0
         assert log_of(run.root).read().head.swept == 2
