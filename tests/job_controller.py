@@ -1,10 +1,11 @@
 """A model of Kubernetes' Job controller, for Indexed Jobs with restartPolicy Never.
 
-Written from the controller's source, not from our manifests. Each function names what it stands for;
-files are those of pkg/controller/job in kubernetes/kubernetes at 6ae037f1db84 (job_controller.go),
-78fc8e44052f (indexed_job_utils.go), 95f08499d652 (pod_failure_policy.go), 4a37f009ca61
-(success_policy.go) and 21da0b6d5b46 (backoff_utils.go). Left out: finalizers and expectations (the
-model sees every change at once), the limits on pods created in one pass, activeDeadlineSeconds.
+Written from the controller's source, not from our manifests. Each function names what it stands
+for. Files are those of pkg/controller/job in kubernetes/kubernetes: job_controller.go at
+6ae037f1db84, indexed_job_utils.go at 78fc8e44052f, pod_failure_policy.go at 95f08499d652,
+success_policy.go at 4a37f009ca61, backoff_utils.go at 21da0b6d5b46. Left out: finalizers and
+expectations (the model sees every change at once), the limits on pods created in one pass,
+activeDeadlineSeconds.
 
 What pods do is the business of a `Kubelet`: scripted exit codes, or real processes.
 """
@@ -105,20 +106,24 @@ class JobController:
                 self.target = self._past_failed_indexes()
         if self.target is None:
             self.target = self._success_policy()
-        if self.target is not None:
-            for pod in self.pods:  # deleteActivePods
-                if pod.is_active:
-                    self._delete(pod)
-        else:
+        if self.target is None:
             self._manage(now)
             active = any(pod.is_active for pod in self.pods)
             if len(self.succeeded) >= self.spec["completions"] and not active:
                 self.target = ("SuccessCriteriaMet", "CompletionsReached", "")
+        else:
+            self._delete_active()
         self._count(fresh)
         # enactJobFinished: not before all pods have terminated.
         if self.target is not None and not any(pod.is_terminating for pod in self.pods):
             kind = "Complete" if self.target[0] == "SuccessCriteriaMet" else "Failed"
             self.condition = (kind, *self.target[1:])
+
+    def _delete_active(self) -> None:
+        """deleteActivePods: with their finalizers, since their ends are still counted."""
+        for pod in self.pods:
+            if pod.is_active:
+                self._delete(pod)
 
     def _observe(self, now: float) -> None:
         for pod in self.pods:

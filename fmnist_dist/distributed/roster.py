@@ -20,8 +20,8 @@ from fmnist_dist.distributed.connection import Connection
 from fmnist_dist.distributed.meeting import host_meeting, join_meeting, names_at
 from fmnist_dist.distributed.process import stat_fields
 
-# Names the launch where something above the agents does, such as a Kubernetes Job: its pods come and
-# go, and each is one of the same owner's.
+# Names the launch where something has started the agents that outlives them: a Kubernetes Job, whose
+# pods come and go.
 OWNER_VARIABLE = "FMNIST_DIST_OWNER"
 _SHARED = "fmnist_dist"  # prefix of our keys in the launcher's store
 
@@ -31,9 +31,8 @@ class Roster:
     """Where this process stands, under a nonce that no other roll call shares.
 
     `agents` names what has launched the ranks, in their order, each once: an agent outlives
-    attempts, so a launch is known by any of them (or all have the name of what has started them, see
-    `OWNER_VARIABLE`). `address` is None in a world of one that nobody
-    launched.
+    attempts, so a launch is known by any of them; or all have the one name of `OWNER_VARIABLE`.
+    `address` is None in a world of one that nobody launched.
     """
 
     rank: int

@@ -47,7 +47,7 @@ class Request:
     gpus_per_node: Annotated[int, Parameter(group=_SIZE, help="and workers; 0 = CPU")] = 0
     workers_per_node: Annotated[int, Parameter(group=_SIZE, help="without GPUs")] = 1
     crash_loop_budget: Annotated[
-        int, Parameter(group=_SIZE, help="crashes of one pod's workers before 70")
+        int, Parameter(group=_SIZE, help="rounds without a newer step before 70")
     ] = 10
     components: Annotated[
         list[str],
