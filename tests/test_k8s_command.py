@@ -265,6 +265,27 @@ def test_wait_ends_with_the_code_of_the_training(
         assert "another seed" in ended.stderr
 
 
+def test_wait_goes_on_where_the_cluster_does_not_answer_for_a_moment(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.told(*SUBMIT)
+    refusal = cluster.folder / "refuse-get"
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 1:  # after the first answer
+            refusal.write_text("The connection to the server 10.0.0.1:6443 was refused")
+        elif len(pauses) == 3:
+            refusal.unlink()
+            happens(cluster, {0: Ended(0)})
+
+    monkeypatch.setattr("launch.k8s.status.time.sleep", sleep)
+    ended = cluster.run("wait", "mine", "--timeout=60")
+    assert (ended.returncode, ended.stdout) == (0, "mine: finished\n")
+    assert ended.stderr.count("no cluster answers") == 2
+
+
 def test_wait_has_a_limit_where_it_was_given_one(cluster: Cluster) -> None:
     cluster.told(*SUBMIT)
     assert cluster.refused("wait", "mine", "--timeout=0.1") == (
@@ -299,7 +320,9 @@ def test_status_joins_the_head_of_the_runs_log(cluster: Cluster, trained_run: Pa
 
 
 def test_logs_are_those_of_the_runs_trainers(cluster: Cluster) -> None:
-    said = cluster.told("logs", "mine", "--index=2")
+    shown = cluster.start("logs", "mine", "--index=2")  # kubectl writes to our output itself
+    assert shown.returncode == 0, shown.stderr
+    said = shown.stdout.strip()
     assert "fmnist-dist/run-id=mine,app.kubernetes.io/component=trainer" in said
     assert said.endswith("batch.kubernetes.io/job-completion-index=2")
 
@@ -402,6 +425,17 @@ def test_doctor_finds_nothing_in_what_was_submitted(cluster: Cluster) -> None:
                 )
             ],
             "pod mine-0-x ended with exit code 75: s3://bucket: no answer of the store",
+        ),
+        (
+            [
+                {
+                    "apiVersion": "networking.k8s.io/v1",
+                    "kind": "NetworkPolicy",
+                    "metadata": {"name": "open"},
+                    "spec": {"podSelector": {}, "policyTypes": ["Ingress"], "ingress": [{}]},
+                }
+            ],
+            "NetworkPolicy open lets everybody in, expected this run",
         ),
         (
             [

@@ -20,8 +20,8 @@ from fmnist_dist.distributed.connection import Connection
 from fmnist_dist.distributed.meeting import host_meeting, join_meeting, names_at
 from fmnist_dist.distributed.process import stat_fields
 
-# Names the launch where something has started the agents that outlives them: a Kubernetes Job, whose
-# pods come and go.
+# Names the launch where what has started the agents outlives them: a Kubernetes Job, whose pods
+# come and go.
 OWNER_VARIABLE = "FMNIST_DIST_OWNER"
 _SHARED = "fmnist_dist"  # prefix of our keys in the launcher's store
 

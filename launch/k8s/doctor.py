@@ -16,23 +16,22 @@ from launch.k8s.rules import check
 
 _PATIENCE_SECONDS = 30  # beyond its grace, before a pod counts as a ghost
 _SLOW_SECONDS = 300  # to find a node
-_KINDS = ("configmaps", "services", "networkpolicies", "deployments", "poddisruptionbudgets")
+_OWNED = ("configmaps", "services", "deployments")
+# These cover our pods by their labels, whoever has made them.
+_COVERING = ("networkpolicies", "poddisruptionbudgets")
 
 
 def examine(kubectl: Kubectl, name: str, *, now: datetime | None = None) -> list[str]:
     """Return what is wrong with a submitted run, a line each."""
     job = find_job(kubectl, name)
     run_id = job.document["metadata"]["labels"][RUN_ID]
-    owned: list[Document] = []
-    for kind in _KINDS:
-        # Budgets need not have our label in order to cover our pods.
-        selector = "" if kind == "poddisruptionbudgets" else f"{RUN_ID}={run_id}"
-        owned += kubectl.all(kind, selector=selector)
+    around = [each for kind in _OWNED for each in kubectl.all(kind, selector=f"{RUN_ID}={run_id}")]
+    around += [each for kind in _COVERING for each in kubectl.all(kind)]
     nodes = {each["metadata"]["name"]: each for each in kubectl.nodes()}
     store = kubectl.all("pods", selector=f"{RUN_ID}={run_id},{COMPONENT}=store")
     when = now or datetime.now(UTC)
     return [
-        *(str(each) for each in check(Manifest([job.document, *owned]))),
+        *(str(each) for each in check(Manifest([job.document, *around]))),
         *_ghosts(job, nodes, kubectl.namespace, when),
         *_homeless(job, when),
         *_short_notices(job, nodes),

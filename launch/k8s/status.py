@@ -1,5 +1,6 @@
 """What there is to see of a submitted run: its Job, its pods, and the head of its log."""
 
+import sys
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from launch.k8s.live import LiveJob, find_job
 from launch.k8s.manifest import INDEX
 
 _POLL_SECONDS = 2.0
+_TRIES = 10  # within a minute and a half: an API server that is upgraded is away for a while
 
 
 def describe(job: LiveJob) -> dict[str, Any]:
@@ -78,8 +80,21 @@ def page(told: dict[str, Any], pods: list[dict[str, Any]]) -> str:
 def wait(kubectl: Kubectl, name: str, *, limit_seconds: float | None) -> tuple[int, str]:
     """Wait until the Job has ended; return its exit code and why. Raises `TransientError`."""
     deadline = float("inf") if limit_seconds is None else time.monotonic() + limit_seconds
-    while not (job := find_job(kubectl, name)).has_ended:
+    job = find_job(kubectl, name)
+    while not job.has_ended:
         if time.monotonic() > deadline:
             raise TransientError(f"{name}: still {job.state} after {limit_seconds:g} s")
         time.sleep(_POLL_SECONDS)
+        job = _look_again(kubectl, name)
     return job.verdict()
+
+
+def _look_again(kubectl: Kubectl, name: str) -> LiveJob:
+    """Return a Job that was there before; a cluster that does not answer is asked a few times."""
+    for attempt in range(1, _TRIES):
+        try:
+            return find_job(kubectl, name)
+        except TransientError as error:
+            print(f"warning: {error}; trying again", file=sys.stderr)
+        time.sleep(_POLL_SECONDS * attempt)
+    return find_job(kubectl, name)

@@ -56,7 +56,10 @@ def policies_cover_the_pods(manifest: Manifest) -> Iterator[str]:
 
 def only_the_run_reaches_the_pods(manifest: Manifest) -> Iterator[str]:
     metrics = int(manifest.flag("metrics-port") or 0)
-    for policy in manifest.of_kind("NetworkPolicy"):
+    pods = [template["metadata"]["labels"] for _, template in manifest.pods()]
+    for policy in manifest.of_kind("NetworkPolicy"):  # what one of them allows, is allowed
+        if not any(selects(policy["spec"]["podSelector"], each) for each in pods):
+            continue
         for rule in policy["spec"].get("ingress", ()):
             ports = {each.get("port") for each in rule.get("ports", ())}
             if ports == {metrics}:
