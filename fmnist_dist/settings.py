@@ -23,7 +23,12 @@ from fmnist_dist.usage import columns, did_you_mean, printable, run_app, shown
 
 PREFIX = "FMNIST_DIST_"
 # Known names with the prefix that are no settings, and why.
-NOT_SETTINGS = frozenset({"FMNIST_DIST_FAULTS"})  # faults that tests inject; never in a config file
+NOT_SETTINGS = frozenset(
+    {
+        "FMNIST_DIST_FAULTS",  # faults that tests inject; never in a config file
+        "FMNIST_DIST_OWNER",  # the launch that agents belong to: `distributed/roster.py`
+    }
+)
 # What Kubernetes sets in every pod beside a Service called fmnist-dist.
 _SERVICE_LINK = re.compile(
     r"FMNIST_DIST_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"

@@ -1,14 +1,17 @@
 """A launch has an agent on each host: it is known by any of them, whichever has the first rank."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from memory_storage import MemoryStorage
 from run_builders import begin, snapshot
 
 from fmnist_dist.checkpoint.fold import OWNERS_REMEMBERED
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.writer import RunWriter
+from fmnist_dist.distributed.roster import OWNER_VARIABLE, Roster, call_roll
 from fmnist_dist.errors import ExitCode, FencedError, OvertakenError
 from fmnist_dist.takeover import owner_of
 
@@ -91,3 +94,31 @@ def test_whoever_another_launch_has_superseded_is_not_to_come_back() -> None:
     with pytest.raises(FencedError) as caught:
         rank.save(snapshot(10))
     assert caught.value.exit_code == ExitCode.FENCED == 76
+
+
+def rosters(**environ: str) -> list[Roster]:
+    """Return what a roll call of two ranks comes to, in an agent's store."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "run", **environ}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with ThreadPoolExecutor() as threads:
+        calls = [
+            threads.submit(call_roll, {**common, "RANK": str(rank)}, fork=lambda _: 0)
+            for rank in range(2)
+        ]
+        return [each.result(60) for each in calls]
+
+
+def test_the_pods_of_one_job_are_of_one_owner_however_often_they_are_replaced() -> None:
+    first, second = rosters(**{OWNER_VARIABLE: "uid-1"})
+    assert first.agents == second.agents == ("uid-1",)
+    storage = had_by("uid-1")
+    assert owner(storage, *first.agents) == "uid-1"  # other pods, the same Job
+    with pytest.raises(FencedError):
+        begin(had_by("uid-1", "uid-2"), owner(had_by("uid-1", "uid-2"), *first.agents))
+
+
+def test_an_agent_that_nobody_has_named_is_known_by_itself() -> None:
+    (agent,) = rosters()[0].agents
+    assert agent.startswith("run-")

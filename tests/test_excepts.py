@@ -41,6 +41,7 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/opening.py::_answer": (1, "a rank that has left has answered before"),
     "fmnist_dist/data/cache.py::folder_of": (1, "None: `load` warns that there is no home"),
     "launch/drill.py::_worlds": (1, "what follows raises, with what was found"),
+    "launch/k8s/live.py::_line_of": (1, "the end of a log: no post-mortem, and shown as it is"),
     # Tried again, or done otherwise; what fails then tells.
     "fmnist_dist/checkpoint/folder.py::write_file": (
         2,

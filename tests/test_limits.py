@@ -33,6 +33,10 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     # Children that wait for their keeper, and die with it.
     "fmnist_dist/keeper/spare.py::Spare.__init__.wait_for_call": (1, "the end of its keeper"),
     "fmnist_dist/distributed/roster.py::_serve_store": (3, "its whole work, till its keeper's end"),
+    "launch/store.py::serve": (
+        2,
+        "its whole work, till SIGTERM; a store that serves waits for none",
+    ),
     # A thread that waits for work.
     "fmnist_dist/saver.py::Saver._run": (1, "the word to end, and the end of its process"),
     # Pipes that do not block.
@@ -68,6 +72,9 @@ NUMBERS = {
     "fmnist_dist/keeper/watchdog.py": "the watchdog's table",
     "fmnist_dist/limits.py": "the place",
     "fmnist_dist/faults.py": "a fault hangs on purpose",
+    "launch/k8s/doctor.py": "how late a pod must be to be told of",
+    "launch/k8s/kubectl.py": "of one call of kubectl, here and not in a pod",
+    "launch/k8s/status.py": "between two looks at a Job",
     "launch/launched.py": "the drill's own, which are not the program's",
     "launch/drill.py": "the drill's schedule of faults",
 }

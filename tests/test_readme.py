@@ -1,8 +1,10 @@
 """The README's commands do what it says: each is run here, as it stands there or nearly."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,16 @@ from jobs import ROOT, Job, show
 
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
+SUBMIT = (
+    'python -m launch.k8s submit --overlay gke-spot --image "$IMAGE" '
+    "--run-dir s3://bucket/runs/mine --nodes 2:4"
+)
+KUBERNETES = [
+    "kubectl apply -f k8s/namespace.yaml",
+    SUBMIT,
+    "python -m launch.k8s status mine",
+    "python -m launch.k8s wait mine",
+]
 
 
 def commands() -> list[str]:
@@ -22,14 +34,14 @@ def commands() -> list[str]:
 
 
 def run(
-    command: str, *, cwd: Path = ROOT, python_path: Path = ROOT
+    command: str, *, cwd: Path = ROOT, python_path: Path = ROOT, path: Path = BIN
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         shlex.split(command),
         cwd=cwd,
         env={
             **os.environ,
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([str(path), str(BIN), os.environ["PATH"]]),
             "LAUNCH_PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(python_path),
@@ -51,6 +63,8 @@ def test_every_command_of_the_readme_is_run_below() -> None:
         "python -m fmnist_dist.runs ledger runs/mine",
         "python -m fmnist_dist.evaluate runs/mine",
         "python -m launch.drill",  # by `test_drill.py`, with fewer faults
+        "pip install '.[k8s,s3]'",  # as `pip install .`, with packages of others
+        *KUBERNETES,
     ]
 
 
@@ -81,7 +95,7 @@ def test_the_package_installs_alone_and_finds_itself(tmp_path: Path) -> None:
 
 
 def test_torchrun_show_ledger_and_evaluate_work_as_written(tmp_path: Path) -> None:
-    train, *readers = commands()[3:-1]  # the drill has tests of its own
+    train, *readers = commands()[3:7]
     mine = tmp_path / "mine"
     job = Job(mine, ["--max-steps=3", "--batch-size=64"]).start()
     job.finish()
@@ -92,3 +106,33 @@ def test_torchrun_show_ledger_and_evaluate_work_as_written(tmp_path: Path) -> No
     assert "finished" in shown
     assert "192" in ledger  # 3 batches of 64 so far
     assert f"{show(mine)['metrics']['test_accuracy']:.4f}"[:5] in evaluated
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_the_commands_for_kubernetes_bring_a_run_into_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the stand-in for kubectl of `test_k8s_command.py`: there is no cluster here."""
+    cluster, program = tmp_path / "cluster", tmp_path / "bin" / "kubectl"
+    cluster.mkdir()
+    program.parent.mkdir()
+    stand_in = ROOT / "tests" / "kubectl_stand_in.py"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stand_in}" "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("REAL_KUBECTL", str(shutil.which("kubectl")))
+    monkeypatch.setenv("CLUSTER", str(cluster))
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
+    image = f"registry.example/fmnist-dist@sha256:{'a' * 64}"
+    made, submit, status, wait = (each.replace('"$IMAGE"', image) for each in KUBERNETES)
+    answers = [run(each, path=program.parent) for each in (made, submit, status)]
+    assert [each.returncode for each in answers] == [0, 0, 0], [each.stderr for each in answers]
+    assert "namespace/fmnist-dist" in answers[0].stdout
+    assert answers[1].stdout == "submitted mine: 4 pods, run s3://bucket/runs/mine\n"
+    assert "mine (running)" in answers[2].stdout
+    path = cluster / "fmnist-dist" / "job" / "mine.json"
+    job = json.loads(path.read_text())
+    job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    path.write_text(json.dumps(job))
+    ended = run(wait, path=program.parent)
+    assert (ended.returncode, ended.stdout) == (0, "mine: finished\n")

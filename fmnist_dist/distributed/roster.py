@@ -20,6 +20,9 @@ from fmnist_dist.distributed.connection import Connection
 from fmnist_dist.distributed.meeting import host_meeting, join_meeting, names_at
 from fmnist_dist.distributed.process import stat_fields
 
+# Names the launch where what has started the agents outlives them: a Kubernetes Job, whose pods
+# come and go.
+OWNER_VARIABLE = "FMNIST_DIST_OWNER"
 _SHARED = "fmnist_dist"  # prefix of our keys in the launcher's store
 
 
@@ -28,8 +31,8 @@ class Roster:
     """Where this process stands, under a nonce that no other roll call shares.
 
     `agents` names what has launched the ranks, in their order, each once: an agent outlives
-    attempts, so a launch is known by any of them. `address` is None in a world of one that nobody
-    launched.
+    attempts, so a launch is known by any of them; or all have the one name of `OWNER_VARIABLE`.
+    `address` is None in a world of one that nobody launched.
     """
 
     rank: int
@@ -79,7 +82,8 @@ def call_roll(environ: Mapping[str, str], *, fork: Callable[[Callable[[], int]],
         fork(lambda: _serve_store(address[1]))
     store = Connection(*address, prefix=prefix)
     keys = StoreKeys(store)
-    name, limit = f"{run_id}-{_parent_identity()}", limits.ROLL_CALL_SECONDS
+    name = environ.get(OWNER_VARIABLE) or f"{run_id}-{_parent_identity()}"
+    limit = limits.ROLL_CALL_SECONDS
     if rank == 0:
         nonce = host_meeting(keys, world_size=size, limit_seconds=limit, name=name)
     else:

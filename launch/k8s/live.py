@@ -1,0 +1,154 @@
+"""A Job as the cluster holds it: what state it is in, and with which exit code it has ended."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fmnist_dist.errors import ExitCode, UsageError
+from launch.k8s.kubectl import Kubectl
+from launch.k8s.manifest import APP, JOB_NAME, NAME, RUN_DIR, RUN_ID, TRAINER, Document
+
+_POLICY_CODE = re.compile(r"failed with exit code (\d+) matching")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How one pod's trainer has ended."""
+
+    pod: str
+    code: int
+    at: str
+    message: str  # its post-mortem, or the end of its log
+
+
+@dataclass(frozen=True, slots=True)
+class LiveJob:
+    """One Job, with the pods that are left of it."""
+
+    document: Document
+    pods: list[Document]
+
+    @property
+    def name(self) -> str:
+        return str(self.document["metadata"]["name"])
+
+    @property
+    def run_dir(self) -> str:
+        return str(self.document["metadata"].get("annotations", {}).get(RUN_DIR, ""))
+
+    @property
+    def spec(self) -> Document:
+        spec: Document = self.document["spec"]
+        return spec
+
+    @property
+    def status(self) -> Document:
+        status: Document = self.document.get("status", {})
+        return status
+
+    def condition(self, kind: str) -> Document | None:
+        """Return a condition of the Job that is true."""
+        conditions: list[Document] = self.status.get("conditions", [])
+        return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), None)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.condition("Complete") is not None or self.condition("Failed") is not None
+
+    @property
+    def state(self) -> str:
+        for kind in ("Complete", "Failed", "SuccessCriteriaMet", "FailureTarget", "Suspended"):
+            if self.condition(kind) is not None:
+                return kind.lower()
+        return "suspended" if self.spec.get("suspend") else "running"
+
+    def ends(self) -> list[Ended]:
+        """Return how trainers have ended whose pods are still there, oldest first."""
+        found = [each for pod in self.pods if (each := _end_of(pod)) is not None]
+        return sorted(found, key=lambda each: each.at)
+
+    def verdict(self) -> tuple[int, str]:
+        """Return the exit code of a Job that has ended, and a line that says why.
+
+        A pod that exits 0 has seen the run's end become durable, so the run is finished also where
+        Kubernetes calls the Job failed: it does so if an index had used up its allowance before
+        and all others end at the same moment.
+        """
+        failed = self.condition("Failed")
+        if failed is None:
+            return int(ExitCode.FINISHED), f"{self.name}: finished"
+        if self.status.get("completedIndexes"):
+            return int(ExitCode.FINISHED), (
+                f"{self.name}: finished (index {self.status['completedIndexes']} has exited 0), "
+                f"though Kubernetes calls the Job failed: {failed.get('reason')}"
+            )
+        said = f"{failed.get('reason')}: {failed.get('message')}"
+        if matched := _POLICY_CODE.search(failed.get("message", "")):
+            code = int(matched[1])
+        else:
+            ended = [each for each in self.ends() if each.code]
+            code = ended[-1].code if ended else int(ExitCode.BUG)
+        told = next((each for each in reversed(self.ends()) if each.code == code), None)
+        line = f"{self.name}: failed with {_named(code)}; {said}"
+        return code, f"{line}; pod {told.pod}: {told.message}" if told and told.message else line
+
+
+def find_job(kubectl: Kubectl, name: str) -> LiveJob:
+    """Return a Job of ours. Raises `UsageError`, with the nearest ones, where there is none."""
+    document = kubectl.get("job", name)
+    if document is None:
+        there = sorted(each.name for each in all_jobs(kubectl))
+        raise UsageError(
+            f"run {name}: there is no such Job in namespace {kubectl.namespace}, found "
+            f"{', '.join(there) or 'none of ours'}"
+        )
+    pods = kubectl.all("pods", selector=f"{JOB_NAME}={name}")
+    return LiveJob(document, pods)
+
+
+def all_jobs(kubectl: Kubectl) -> list[LiveJob]:
+    """Return our Jobs of a namespace, without their pods."""
+    return [LiveJob(each, []) for each in kubectl.all("jobs", selector=f"{APP}={NAME}")]
+
+
+def rivals(kubectl: Kubectl, *, run_id: str, run_dir: str) -> list[LiveJob]:
+    """Return the Jobs that have a run and have not ended."""
+    return [
+        each
+        for each in all_jobs(kubectl)
+        if not each.has_ended
+        and (
+            each.document["metadata"]["labels"].get(RUN_ID) == run_id
+            or each.run_dir.rstrip("/") == run_dir.rstrip("/")
+        )
+    ]
+
+
+def _end_of(pod: Document) -> Ended | None:
+    statuses: list[Document] = pod.get("status", {}).get("containerStatuses", [])
+    for each in statuses:
+        ended: Any = each.get("state", {}).get("terminated")
+        if each["name"] == TRAINER and ended is not None:
+            name = pod["metadata"]["name"]
+            at = ended.get("finishedAt") or ""
+            return Ended(name, int(ended["exitCode"]), at, _line_of(ended.get("message", "")))
+    return None
+
+
+def _line_of(message: str) -> str:
+    """Return one line of a termination message: the agent's post-mortem is JSON, logs are not."""
+    try:
+        told = json.loads(message)
+    except ValueError:
+        told = None
+    if isinstance(told, dict):
+        named = [str(told[key]) for key in ("reason", "message", "error") if told.get(key)]
+        return "; ".join(named) or message.strip()
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _named(code: int) -> str:
+    known = {int(each): each.name for each in ExitCode}
+    return f"exit code {code}" + (f" ({known[code]})" if code in known else "")

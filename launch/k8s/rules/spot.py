@@ -1,0 +1,78 @@
+"""What spot nodes need, and what makes their notice come too late."""
+
+from collections.abc import Iterator
+
+from launch.k8s.manifest import COMPONENT, Document, Manifest, selects
+from launch.k8s.providers import PROVIDERS, provider_of
+
+_LONGEST_TOLERATION = 60
+
+
+def grace_fits_the_notice(manifest: Manifest) -> Iterator[str]:
+    name = provider_of(manifest.pod.get("nodeSelector", {}))
+    grace = manifest.pod.get("terminationGracePeriodSeconds", 30)
+    if name is not None and grace > PROVIDERS[name].notice_seconds:
+        notice = PROVIDERS[name].notice_seconds
+        yield f"grace is {grace} s, expected at most {notice} s, the notice of {name}"
+
+
+def spot_taints_are_tolerated(manifest: Manifest) -> Iterator[str]:
+    name = provider_of(manifest.pod.get("nodeSelector", {}))
+    taint = PROVIDERS[name].taint if name is not None else None
+    keys = {each.get("key") for each in manifest.pod.get("tolerations", ())}
+    if taint is not None and taint not in keys:
+        yield f"no toleration of {taint}, expected one: nodes of {name} have this taint"
+
+
+def no_toleration_is_a_wildcard(manifest: Manifest) -> Iterator[str]:
+    for name, template in manifest.pods():
+        for each in template["spec"].get("tolerations", ()):
+            if not each.get("key"):
+                yield f"{name} tolerates every taint, which also exempts it from being drained"
+
+
+def lost_nodes_are_left_soon(manifest: Manifest) -> Iterator[str]:
+    tolerations = manifest.pod.get("tolerations", ())
+    for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
+        found = [each.get("tolerationSeconds") for each in tolerations if each.get("key") == key]
+        if not found or found[0] is None or found[0] > _LONGEST_TOLERATION:
+            yield f"{key} is tolerated for {found[0] if found else 300} s, expected at most 60 s"
+
+
+def nothing_delays_the_notice(manifest: Manifest) -> Iterator[str]:
+    if provider_of(manifest.pod.get("nodeSelector", {})) is None:
+        return
+    for name, template in manifest.pods():
+        annotations = template["metadata"].get("annotations", {})
+        if annotations.get("karpenter.sh/do-not-disrupt") == "true" and name.startswith("Job"):
+            yield f"{name} has karpenter.sh/do-not-disrupt: no SIGTERM comes in time"
+    for budget in manifest.of_kind("PodDisruptionBudget"):
+        selector = budget["spec"].get("selector", {})
+        if selects(selector, manifest.template["metadata"]["labels"]):
+            yield (
+                f"PodDisruptionBudget {budget['metadata']['name']} covers the trainers: drains of "
+                "spot nodes wait for it, and no SIGTERM comes in time"
+            )
+
+
+def the_store_stays_off_spot_nodes(manifest: Manifest) -> Iterator[str]:
+    selector = manifest.pod.get("nodeSelector", {})
+    name = provider_of(selector)
+    if name is None:
+        return
+    for deployment in manifest.of_kind("Deployment"):
+        template = deployment["spec"]["template"]
+        if template["metadata"]["labels"].get(COMPONENT) == "store" and not _avoids(
+            template["spec"], PROVIDERS[name].key
+        ):
+            yield f"Deployment {deployment['metadata']['name']} may run on spot nodes of {name}"
+
+
+def _avoids(pod: Document, key: str) -> bool:
+    affinity = pod.get("affinity", {}).get("nodeAffinity", {})
+    needed = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    terms = needed.get("nodeSelectorTerms", [])
+    return bool(terms) and all(
+        any(each["key"] == key and each["operator"] == "NotIn" for each in term["matchExpressions"])
+        for term in terms
+    )

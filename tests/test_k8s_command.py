@@ -1,0 +1,603 @@
+"""`python -m launch.k8s` against a stand-in for kubectl: the logic of our commands, no cluster.
+
+`tests/kubectl_stand_in.py` keeps objects in a folder; `kubectl kustomize` is the real one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import yaml
+from job_controller import Ended, JobController, Pod
+from jobs import ROOT
+
+from launch.k8s.__main__ import main
+
+KUBECTL = shutil.which("kubectl")
+IMAGE = f"registry.example/fmnist-dist@sha256:{'a' * 64}"
+NAMESPACE = "fmnist-dist"
+RUN_DIR = "s3://bucket/runs/mine"
+SUBMIT = ["submit", "--overlay=gke-spot", f"--image={IMAGE}", f"--run-dir={RUN_DIR}"]
+SUBMIT += ["--nodes=2:4"]
+
+pytestmark = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed")
+
+
+@dataclass
+class Cluster:
+    """What the stand-in keeps, and our command before it."""
+
+    folder: Path
+    program: Path
+
+    def environ(self) -> dict[str, str]:
+        given = {name: os.environ[name] for name in os.environ if not name.startswith("AWS_")}
+        return {
+            **given,
+            "PATH": f"{self.program.parent}{os.pathsep}{os.environ['PATH']}",
+            "CLUSTER": str(self.folder),
+            "REAL_KUBECTL": str(KUBECTL),
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def start(
+        self, *words: str, environ: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run our command as a program."""
+        return subprocess.run(
+            [sys.executable, "-m", "launch.k8s", *words],
+            cwd=ROOT,
+            env={**self.environ(), **(environ or {})},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run our command in this process: half a second less, each time."""
+        output, errors = StringIO(), StringIO()
+        with (
+            patch.dict(os.environ, self.environ(), clear=True),
+            patch.object(sys, "argv", ["launch.k8s", *words]),
+            redirect_stdout(output),
+            redirect_stderr(errors),
+        ):
+            code = main()
+        return subprocess.CompletedProcess([*words], code, output.getvalue(), errors.getvalue())
+
+    def told(self, *words: str) -> str:
+        ended = self.run(*words)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.strip()
+
+    def refused(self, *words: str) -> tuple[int, str]:
+        """Return the exit code, and the one line that was said."""
+        ended = self.run(*words)
+        assert ended.returncode, ended.stdout
+        (line,) = [each for each in ended.stderr.splitlines() if not each.startswith("warning")]
+        return ended.returncode, line
+
+    def object(self, kind: str, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._path(kind, name).read_text())
+        return found
+
+    def put(self, document: dict[str, Any]) -> None:
+        folder = self.folder / NAMESPACE / document["kind"].lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{document['metadata']['name']}.json").write_text(json.dumps(document))
+
+    def edit(self, kind: str, name: str, **changes: Any) -> None:
+        self.put({**self.object(kind, name), **changes})
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(each.stem for each in (self.folder / NAMESPACE / kind).glob("*.json"))
+
+    def calls(self) -> list[list[str]]:
+        return [json.loads(each) for each in (self.folder / "calls").read_text().splitlines()]
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / NAMESPACE / kind / f"{name}.json"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    folder, program = tmp_path / "cluster", tmp_path / "bin" / "kubectl"
+    folder.mkdir()
+    program.parent.mkdir()
+    stand_in = ROOT / "tests" / "kubectl_stand_in.py"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stand_in}" "$@"\n')
+    program.chmod(0o755)
+    return Cluster(folder, program)
+
+
+FAILED = {"type": "Failed", "status": "True", "reason": "PodFailurePolicy"}
+
+
+def test_submit_creates_suspended_completes_and_releases(cluster: Cluster) -> None:
+    assert cluster.told(*SUBMIT) == f"submitted mine: 4 pods, run {RUN_DIR}"
+    verbs = [each[2] for each in cluster.calls()]
+    assert verbs == ["get", "get", "apply", "create", "apply", "patch"]
+    assert "--dry-run=server" in cluster.calls()[2]
+    job = cluster.object("job", "mine")
+    assert job["spec"]["suspend"] is False
+    assert job["metadata"]["annotations"]["fmnist-dist/run-dir"] == RUN_DIR
+    for kind, name in (
+        ("service", "mine"),
+        ("service", "mine-store"),
+        ("deployment", "mine-store"),
+        ("configmap", "mine-settings"),
+        ("networkpolicy", "mine"),
+    ):
+        (owner,) = cluster.object(kind, name)["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["uid"]) == ("Job", job["metadata"]["uid"])
+    assert "ownerReferences" not in cluster.object("serviceaccount", "fmnist-dist")["metadata"]
+
+
+def test_kueue_releases_what_is_in_its_queue(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT, "--queue=research")
+    job = cluster.object("job", "mine")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+    assert job["spec"]["suspend"] is True
+
+
+def test_the_same_run_goes_on_when_its_job_has_ended(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT)
+    cluster.edit("job", "mine", status={"conditions": [FAILED]})
+    assert cluster.told(*SUBMIT).startswith("resumed mine: 4 pods")
+    assert "status" not in cluster.object("job", "mine")
+
+
+@pytest.mark.parametrize("other", [[], ["--run-id=another"], [f"--run-dir={RUN_DIR}/"]])
+def test_two_live_jobs_on_one_run_are_refused(cluster: Cluster, other: list[str]) -> None:
+    cluster.told(*SUBMIT)
+    words = [each for each in SUBMIT if not other or each.split("=")[0] != other[0].split("=")[0]]
+    code, line = cluster.refused(*words, *other)
+    assert code == 76
+    assert "Job mine has it and is running" in line
+    assert cluster.names("job") == ["mine"]
+
+
+def test_another_run_beside_it_is_none_of_its_business(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT)
+    cluster.told(*[f"--run-dir={RUN_DIR}-2" if "run-dir" in each else each for each in SUBMIT])
+    assert cluster.names("job") == ["mine", "mine-2"]
+    assert cluster.names("service") == ["mine", "mine-2", "mine-2-store", "mine-store"]
+
+
+def test_what_cannot_be_completed_is_taken_back(cluster: Cluster) -> None:
+    refusal = 'Error from server (Forbidden): deployments.apps is forbidden: User "u" cannot patch'
+    (cluster.folder / "refuse-patch").write_text(refusal)
+    assert cluster.refused(*SUBMIT) == (64, f"launch.k8s: kubectl patch job mine: {refusal}")
+    assert cluster.names("job") == []
+    (cluster.folder / "refuse-patch").unlink()
+    cluster.told(*SUBMIT)
+
+
+def test_scale_changes_all_three_numbers_at_once_within_the_submission(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT)
+    assert cluster.told("scale", "mine", "--nodes=3") == "mine: 3 pods"
+    spec = cluster.object("job", "mine")["spec"]
+    assert (spec["completions"], spec["parallelism"], spec["maxFailedIndexes"]) == (3, 3, 1)
+    assert sum(each[2] == "patch" for each in cluster.calls()) == 2
+    for nodes in ("1", "5"):
+        code, line = cluster.refused("scale", "mine", f"--nodes={nodes}")
+        assert code == 64
+        assert f"flag --nodes: found {nodes}, expected 2 to 4" in line
+
+
+def test_suspend_resume_and_cancel(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT)
+    assert cluster.told("suspend", "mine") == "mine: suspended"
+    assert cluster.object("job", "mine")["spec"]["suspend"] is True
+    assert cluster.told("resume", "mine") == "mine: goes on"
+    assert cluster.object("job", "mine")["spec"]["suspend"] is False
+    assert RUN_DIR in cluster.told("cancel", "mine")
+    assert cluster.names("job") == cluster.names("service") == cluster.names("deployment") == []
+    assert cluster.names("serviceaccount") == ["fmnist-dist"]
+    code, line = cluster.refused("suspend", "mine")
+    assert (code, line) == (
+        64,
+        "launch.k8s: run mine: there is no such Job in namespace fmnist-dist, found none of ours",
+    )
+
+
+class Ends:
+    """A kubelet whose pods have all ended as a table says; without an entry they run on."""
+
+    def __init__(self, codes: dict[int, Ended]) -> None:
+        self._codes = codes
+        self._stopped: list[Pod] = []
+
+    def start(self, pod: Pod) -> None:
+        pass
+
+    def end_of(self, pod: Pod) -> Ended | None:
+        return Ended(143) if pod in self._stopped else self._codes.get(pod.index)
+
+    def stop(self, pod: Pod) -> None:
+        self._stopped.append(pod)
+
+
+def happens(cluster: Cluster, codes: dict[int, Ended], *, seconds: int = 86400) -> None:
+    """Let the model of the Job controller run on what was submitted; show what it comes to."""
+    controller = JobController(cluster.object("job", "mine"), Ends(codes))
+    for now in range(0, seconds, 60):
+        controller.sync(now)
+    cluster.put(controller.document())
+    for pod in controller.pod_documents():
+        pod["metadata"]["labels"] = {"batch.kubernetes.io/job-name": "mine"}
+        cluster.put(pod)
+
+
+POST_MORTEM = json.dumps({"reason": "another seed", "exit_code": 78, "fault": "the configuration"})
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "said"),
+    [
+        ({0: Ended(0)}, 0, "mine: finished"),
+        ({1: Ended(78, message=POST_MORTEM)}, 78, "78 (INCOMPATIBLE); PodFailurePolicy: Container"),
+        ({2: Ended(70)}, 70, "failed with exit code 70 (NO_PROGRESS)"),
+        (dict.fromkeys(range(4), Ended(75)), 75, "MaxFailedIndexesExceeded"),
+        (dict.fromkeys(range(4), Ended(137)), 137, "failed with exit code 137; "),
+    ],
+)
+def test_wait_ends_with_the_code_of_the_training(
+    cluster: Cluster, codes: dict[int, Ended], expected: int, said: str
+) -> None:
+    cluster.told(*SUBMIT)
+    happens(cluster, codes)
+    ended = cluster.run("wait", "mine", "--timeout=1")
+    assert ended.returncode == expected, ended.stderr
+    assert said in ended.stdout + ended.stderr
+    if expected == 78:
+        assert "another seed" in ended.stderr
+
+
+def test_wait_goes_on_where_the_cluster_does_not_answer_for_a_moment(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.told(*SUBMIT)
+    refusal = cluster.folder / "refuse-get"
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 1:  # after the first answer
+            refusal.write_text("The connection to the server 10.0.0.1:6443 was refused")
+        elif len(pauses) == 3:
+            refusal.unlink()
+            happens(cluster, {0: Ended(0)})
+
+    monkeypatch.setattr("launch.k8s.status.time.sleep", sleep)
+    ended = cluster.run("wait", "mine", "--timeout=60")
+    assert (ended.returncode, ended.stdout) == (0, "mine: finished\n")
+    assert ended.stderr.count("no cluster answers") == 2
+
+
+def test_wait_has_a_limit_where_it_was_given_one(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT)
+    assert cluster.refused("wait", "mine", "--timeout=0.1") == (
+        75,
+        "launch.k8s: mine: still running after 0.1 s",
+    )
+
+
+def test_status_shows_the_job_its_pods_and_why_the_run_cannot_be_read(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT)
+    happens(cluster, {1: Ended(78, message=POST_MORTEM)})
+    nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "nobody"}
+    shown = cluster.start("status", "mine", environ={**nobody, "AWS_SECRET_ACCESS_KEY": "nobody"})
+    assert shown.returncode == 0, shown.stderr
+    assert "mine (failed)" in shown.stdout
+    assert "exit code 78 another seed" in shown.stdout
+    assert f"{RUN_DIR} cannot be read from here" in shown.stdout
+
+
+def test_status_joins_the_head_of_the_runs_log(cluster: Cluster, trained_run: Path) -> None:
+    cluster.told(*SUBMIT)
+    job = cluster.object("job", "mine")
+    job["metadata"]["annotations"]["fmnist-dist/run-dir"] = str(trained_run)
+    cluster.put(job)
+    happens(cluster, {1: Ended(70)})
+    told = json.loads(cluster.told("status", "mine", "--json"))
+    assert told["state"] == "failed"
+    assert [each["exit_code"] for each in told["ends"]].count(70) == 1
+    told = json.loads(cluster.told("status", "mine", "--json"))
+    assert (told["run"]["status"], told["run"]["step"]) == ("finished", 6)
+    assert f"{trained_run} (finished, step 6)" in cluster.told("status", "mine")
+
+
+def test_logs_are_those_of_the_runs_trainers(cluster: Cluster) -> None:
+    shown = cluster.start("logs", "mine", "--index=2")  # kubectl writes to our output itself
+    assert shown.returncode == 0, shown.stderr
+    said = shown.stdout.strip()
+    assert "fmnist-dist/run-id=mine,app.kubernetes.io/component=trainer" in said
+    assert said.endswith("batch.kubernetes.io/job-completion-index=2")
+
+
+NODE = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1", "labels": {}}}
+POD: dict[str, Any] = {
+    "apiVersion": "v1",
+    "kind": "Pod",
+    "metadata": {
+        "name": "mine-0-x",
+        "labels": {"batch.kubernetes.io/job-name": "mine", "fmnist-dist/run-id": "mine"},
+    },
+    "spec": {"nodeName": "n1", "terminationGracePeriodSeconds": 15},
+    "status": {"phase": "Running"},
+}
+
+
+def pod(**changed: dict[str, Any]) -> dict[str, Any]:
+    return {**POD, **{part: {**POD[part], **more} for part, more in changed.items()}}
+
+
+def node(**labels: str) -> dict[str, Any]:
+    return {**NODE, "metadata": {"name": "n1", "labels": labels}}
+
+
+def test_doctor_finds_nothing_in_what_was_submitted(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT)
+    assert cluster.told("doctor", "mine") == "mine: nothing found"
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        (
+            [pod(metadata={"deletionTimestamp": "2020-01-01T00:00:00Z"})],
+            "delete pod mine-0-x --grace-period=0 --force",
+        ),
+        (
+            [pod(metadata={"annotations": {"karpenter.sh/do-not-disrupt": "true"}})],
+            "pod mine-0-x has karpenter.sh/do-not-disrupt",
+        ),
+        (
+            [
+                pod(spec={"terminationGracePeriodSeconds": 60}),
+                node(**{"kubernetes.azure.com/scalesetpriority": "spot"}),
+            ],
+            "pod mine-0-x has a grace of 60 s on node n1, whose notice is 30 s (aks-spot)",
+        ),
+        (
+            [
+                pod(
+                    status={
+                        "conditions": [
+                            {
+                                "type": "PodScheduled",
+                                "status": "False",
+                                "lastTransitionTime": "2020-01-01T00:00:00Z",
+                                "message": "0/3 nodes are available",
+                            }
+                        ]
+                    }
+                )
+            ],
+            "pod mine-0-x finds no node since 2020-01-01T00:00:00Z: 0/3 nodes are available",
+        ),
+        (
+            [
+                {
+                    **POD,
+                    "metadata": {
+                        "name": "mine-store-y",
+                        "labels": {
+                            "fmnist-dist/run-id": "mine",
+                            "app.kubernetes.io/component": "store",
+                        },
+                    },
+                },
+                node(**{"cloud.google.com/gke-spot": "true"}),
+            ],
+            "pod mine-store-y, the rendezvous store, is on spot node n1 (gke-spot)",
+        ),
+        (
+            [
+                pod(
+                    status={
+                        "containerStatuses": [
+                            {
+                                "name": "trainer",
+                                "state": {
+                                    "terminated": {
+                                        "exitCode": 75,
+                                        "message": json.dumps(
+                                            {"reason": "s3://bucket: no answer of the store"}
+                                        ),
+                                    }
+                                },
+                            }
+                        ]
+                    }
+                )
+            ],
+            "pod mine-0-x ended with exit code 75: s3://bucket: no answer of the store",
+        ),
+        (
+            [
+                {
+                    "apiVersion": "networking.k8s.io/v1",
+                    "kind": "NetworkPolicy",
+                    "metadata": {"name": "open"},
+                    "spec": {"podSelector": {}, "policyTypes": ["Ingress"], "ingress": [{}]},
+                }
+            ],
+            "NetworkPolicy open lets everybody in, expected this run",
+        ),
+        (
+            [
+                {
+                    "apiVersion": "policy/v1",
+                    "kind": "PodDisruptionBudget",
+                    "metadata": {"name": "careful"},
+                    "spec": {"selector": {"matchLabels": {"fmnist-dist/run-id": "mine"}}},
+                }
+            ],
+            "PodDisruptionBudget careful covers the trainers",
+        ),
+    ],
+)
+def test_doctor_finds_the_traps_of_spot_nodes_and_changes_nothing(
+    cluster: Cluster, documents: list[dict[str, Any]], said: str
+) -> None:
+    cluster.told(*SUBMIT)
+    for each in documents:
+        cluster.put(each)
+    before = len(cluster.calls())
+    ended = cluster.run("doctor", "mine")
+    assert ended.returncode == 1, ended.stderr
+    (line,) = [each for each in ended.stdout.splitlines() if said in each]
+    assert line
+    assert {each[2] for each in cluster.calls()[before:]} == {"get"}
+
+
+def test_doctor_finds_what_somebody_has_changed_in_the_cluster(cluster: Cluster) -> None:
+    cluster.told(*SUBMIT)
+    (cluster.folder / NAMESPACE / "networkpolicy" / "mine.json").unlink()
+    job = cluster.object("job", "mine")
+    job["spec"]["template"]["spec"]["tolerations"].append({"operator": "Exists"})
+    cluster.put(job)
+    ended = cluster.run("doctor", "mine")
+    assert "no NetworkPolicy limits Ingress of Job mine" in ended.stdout
+    assert "Job mine tolerates every taint" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--overlay=gke"], "flag --overlay: found gke, expected one of aks-spot, cpu-local, "),
+        (["--run-dir=runs/mine"], "flag --run-dir: found 'runs/mine', expected the URL of an"),
+        (["--run-dir=file:///runs/mine"], "flag --run-dir: found 'file:///runs/mine', expected"),
+        (["--nodes=4:2"], "flag --nodes: found '4:2', expected MIN:MAX with MIN at most MAX"),
+        (["--nodes=many"], "flag --nodes: found 'many', expected MIN:MAX, as in 2:8, or a number"),
+        (["--nodes=2:9"], "flag --nodes: found 9 nodes of 1 workers, expected at most "),
+        (["--gpus-per-node=4"], "flag --nodes: found 4 nodes of 4 workers, expected at most "),
+        ([f"--run-id={'r' * 58}"], "(58 characters), expected at most 57: pods are called"),
+        (["--run-id=My_Run"], "flag --run-id: found 'My_Run', expected lower-case letters, digits"),
+        (["--with=gpuu"], "flag --with: found 'gpuu', expected one of gpu, "),
+        (["--with=s3-irsa"], "flag --role-arn: found nothing, expected the role of the bucket"),
+        (["--env=FMNIST_DIST_LRR=1"], "environment FMNIST_DIST_LRR: there is no such setting"),
+        (["--env=nothing"], "flag --env: found 'nothing', expected KEY=VALUE"),
+        (["--imagee=x"], "flag --imagee: there is no such flag; did you mean --image?"),
+        (["--", "--lrr=1"], "flag --lrr: there is no such flag; did you mean --lr?"),
+        (["--", "--lr=fast"], "flag --lr: found 'fast', expected a number above 0"),
+        (["--", "--config=a.toml"], "flag --config: the pods do not have this file"),
+        (["--", "--drain-seconds=20"], "grace 15 s, shutdown 10 s, drain 20 s: expected each"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_sent(
+    cluster: Cluster, changed: list[str], said: str
+) -> None:
+    flag = changed[0].partition("=")[0]
+    code, line = cluster.refused(*[e for e in SUBMIT if e.partition("=")[0] != flag], *changed)
+    assert (code, said in line) == (64, True), line
+    assert not (cluster.folder / "calls").exists()
+
+
+def test_an_image_without_digest_is_warned_of(cluster: Cluster) -> None:
+    words = [*(each for each in SUBMIT if "--image" not in each), "--image=fmnist-dist:latest"]
+    ended = cluster.run(*words)
+    assert ended.returncode == 0
+    assert ended.stderr.splitlines() == [
+        "warning: image fmnist-dist:latest has no digest: pods that start later may run another one"
+    ]
+
+
+def test_without_kubectl_or_without_a_cluster_it_is_one_line(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    ended = cluster.start("status", "mine", environ={"PATH": str(tmp_path)})
+    assert ended.returncode == 78
+    assert "kubectl: found no such program on PATH" in ended.stderr
+    cluster.program.unlink()  # the real one, which knows of no cluster
+    ended = cluster.start("status", "mine", environ={"KUBECONFIG": str(tmp_path / "none")})
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (75, 1)
+    assert "no cluster answers" in ended.stderr
+
+
+def test_render_prints_what_submit_would_send(cluster: Cluster) -> None:
+    words = [
+        "render",
+        *SUBMIT[1:],
+        "--env=AWS_REGION=eu-central-1",
+        "--env=AWS_ENDPOINT_URL=http://s3:8333",
+    ]
+    documents = list(yaml.safe_load_all(cluster.told(*words, "--", "--epochs", "3")))
+    job = next(each for each in documents if each["kind"] == "Job")
+    args = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert args[:2] == ["--nnodes=2:4", "--nproc-per-node=1"]
+    assert args[-3:] == [f"--run-dir={RUN_DIR}", "--epochs", "3"]
+    settings = next(each for each in documents if each["kind"] == "ConfigMap")
+    assert settings["data"]["AWS_REGION"] == "eu-central-1"
+    policy = next(each for each in documents if each["kind"] == "NetworkPolicy")
+    assert {"ports": [{"port": 8333, "protocol": "TCP"}]} in policy["spec"]["egress"]
+    assert not (cluster.folder / "calls").exists()
+
+
+def test_gpus_bring_their_component_and_as_many_workers(cluster: Cluster) -> None:
+    words = ["render", *(e for e in SUBMIT[1:] if "nodes" not in e), "--nodes=1:2"]
+    documents = list(yaml.safe_load_all(cluster.told(*words, "--gpus-per-node=4")))
+    job = next(each for each in documents if each["kind"] == "Job")
+    pod_spec = job["spec"]["template"]["spec"]
+    container = pod_spec["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert "--nproc-per-node=4" in container["args"]
+    assert "nvidia.com/gpu" in {each.get("key") for each in pod_spec["tolerations"]}
+
+
+def test_an_overlay_of_the_users_own_is_a_folder_and_keeps_the_rules(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    base = os.path.relpath(ROOT / "k8s" / "overlays" / "cpu-local", own.resolve())
+    wild = [
+        {"op": "add", "path": "/spec/template/spec/tolerations/-", "value": {"operator": "Exists"}}
+    ]
+    wanted: dict[str, Any] = {"resources": [base]}
+    (own / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
+    words = [f"--overlay={own}" if "--overlay" in each else each for each in SUBMIT]
+    cluster.told("render", *words[1:])
+    wanted["patches"] = [{"target": {"kind": "Job"}, "patch": yaml.safe_dump(wild)}]
+    (own / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
+    code, line = cluster.refused("render", *words[1:])
+    assert code == 64
+    assert line.endswith("Job mine tolerates every taint, which also exempts it from being drained")
+
+
+def test_the_stand_in_refuses_what_the_api_server_refuses(cluster: Cluster) -> None:
+    """Else `scale` could patch one number, and `submit` overwrite a Job, without being noticed."""
+    cluster.told(*SUBMIT)
+
+    def kubectl(*words: str, sent: str = "") -> str:
+        done = subprocess.run(
+            [str(cluster.program), "--namespace", NAMESPACE, *words],
+            env=cluster.environ(),
+            input=sent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1
+        return done.stderr
+
+    one = json.dumps({"spec": {"completions": 3}})
+    assert "in tandem" in kubectl("patch", "job", "mine", "--type=merge", "--patch", one)
+    other = json.dumps({"spec": {"template": {}}})
+    assert "immutable" in kubectl("patch", "job", "mine", "--type=merge", "--patch", other)
+    again = json.dumps(cluster.object("job", "mine"))
+    assert "AlreadyExists" in kubectl("create", "--filename", "-", sent=again)

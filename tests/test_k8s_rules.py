@@ -1,0 +1,294 @@
+"""The rules of manifests: all hold on every overlay, and each finds the mistake that it is for."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from launch.k8s.manifest import Manifest
+from launch.k8s.render import render
+from launch.k8s.request import K8S, Request
+from launch.k8s.rules import RULES, check
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+OVERLAYS = sorted(each.name for each in (K8S / "overlays").iterdir())
+COMPONENTS = sorted(each.name for each in (K8S / "components").iterdir())
+IMAGE = f"registry.example/fmnist-dist@sha256:{'a' * 64}"
+ROLE = "arn:aws:iam::123456789012:role/trainer"
+
+
+@cache
+def rendered(overlay: str, *components: str) -> Manifest:
+    request = Request(
+        overlay=overlay,
+        image=IMAGE,
+        run_dir="s3://bucket/runs/mine",
+        nodes="2:4",
+        components=list(components),
+        role_arn=ROLE,
+    )
+    return render(request, [])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_rule_holds_on_every_overlay(overlay: str) -> None:
+    assert check(rendered(overlay)) == []
+
+
+@pytest.mark.parametrize("component", [c for c in COMPONENTS if c != "rendezvous"])
+@pytest.mark.parametrize("overlay", ["cpu-local", "gke-spot"])
+def test_every_rule_holds_with_every_component(overlay: str, component: str) -> None:
+    assert check(rendered(overlay, component)) == []
+
+
+def test_the_store_may_be_apart_on_a_cluster_of_your_own_too() -> None:
+    assert check(rendered("cpu-local", "rendezvous")) == []
+
+
+def trainer(manifest: Manifest) -> dict[str, Any]:
+    return manifest.pod["containers"][0]
+
+
+def replace_argument(manifest: Manifest, old: str, new: str) -> None:
+    args = trainer(manifest)["args"]
+    args[args.index(old)] = new
+
+
+def rules_of(manifest: Manifest) -> list[Any]:
+    rules: list[Any] = manifest.spec["podFailurePolicy"]["rules"]
+    return rules
+
+
+def add_budget(manifest: Manifest) -> None:
+    manifest.documents.append(
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": {"name": "careful"},
+            "spec": {"selector": {"matchLabels": {"fmnist-dist/run-id": "mine"}}},
+        }
+    )
+
+
+def annotate(manifest: Manifest) -> None:
+    manifest.template["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] = "true"
+
+
+def move_variable(manifest: Manifest) -> None:
+    env = trainer(manifest)["env"]
+    env.insert(0, next(each for each in env if each["name"] == "RDZV_HOST"))
+
+
+def service(manifest: Manifest) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest.of_kind("Service")[0]["spec"]
+    return spec
+
+
+def set_variable(manifest: Manifest, name: str, value: str) -> None:
+    next(e for e in trainer(manifest)["env"] if e["name"] == name)["value"] = value
+
+
+def policy(manifest: Manifest) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest.of_kind("NetworkPolicy")[0]["spec"]
+    return spec
+
+
+Mutation = tuple[str, Callable[[Manifest], Any]]
+# For each rule, manifests that break it: an overlay, and what is done to it.
+MUTATIONS: dict[str, list[Mutation]] = {
+    "never_restarts": [("gke-spot", lambda m: m.pod.update(restartPolicy="OnFailure"))],
+    "replaces_only_what_has_ended": [
+        ("gke-spot", lambda m: m.spec.update(podReplacementPolicy="TerminatingOrFailed")),
+        ("gke-spot", lambda m: m.spec.pop("podReplacementPolicy")),
+    ],
+    "codes_are_sorted_and_unique": [
+        ("gke-spot", lambda m: rules_of(m)[0]["onExitCodes"]["values"].reverse()),
+        ("gke-spot", lambda m: rules_of(m)[0]["onExitCodes"]["values"].append(78)),
+    ],
+    "no_rule_is_for_success": [
+        ("gke-spot", lambda m: rules_of(m)[2]["onExitCodes"]["values"].insert(0, 0))
+    ],
+    "codes_name_their_container": [
+        ("gke-spot", lambda m: rules_of(m)[0]["onExitCodes"].update(containerName="main")),
+        ("gke-spot", lambda m: rules_of(m)[0]["onExitCodes"].pop("containerName")),
+    ],
+    "codes_are_those_of_the_table": [
+        ("gke-spot", lambda m: rules_of(m)[0]["onExitCodes"]["values"].remove(76)),
+        ("gke-spot", lambda m: rules_of(m)[0]["onExitCodes"]["values"].append(79)),
+        ("gke-spot", lambda m: rules_of(m)[2]["onExitCodes"].update(operator="NotIn")),
+        ("gke-spot", lambda m: rules_of(m).pop(2)),
+    ],
+    "own_faults_come_before_disruptions": [("gke-spot", lambda m: rules_of(m).reverse())],
+    "disruptions_are_free": [
+        ("gke-spot", lambda m: rules_of(m)[1]["onPodConditions"][0].update(status="False")),
+        ("gke-spot", lambda m: rules_of(m).pop(1)),
+    ],
+    "retries_are_counted_per_index": [("gke-spot", lambda m: m.spec.pop("backoffLimitPerIndex"))],
+    "one_success_ends_the_job": [
+        ("gke-spot", lambda m: m.spec.pop("successPolicy")),
+        ("gke-spot", lambda m: m.spec.update(successPolicy={"rules": [{"succeededCount": 4}]})),
+    ],
+    "completions_equal_parallelism": [("gke-spot", lambda m: m.spec.update(parallelism=2))],
+    "is_indexed": [("gke-spot", lambda m: m.spec.update(completionMode="NonIndexed"))],
+    "fails_when_the_smallest_world_is_out_of_reach": [
+        ("gke-spot", lambda m: m.spec.update(maxFailedIndexes=3)),
+        ("gke-spot", lambda m: m.spec.update(completions=5, parallelism=5, maxFailedIndexes=3)),
+        ("gke-spot", lambda m: m.spec.update(completions=1, parallelism=1, maxFailedIndexes=-1)),
+    ],
+    "host_names_fit": [("gke-spot", lambda m: m.job["metadata"].update(name="x" * 62))],
+    "services_select_the_pods": [
+        ("gke-spot", lambda m: service(m)["selector"].update({"fmnist-dist/run-id": "other"})),
+        (
+            "gke-spot",
+            lambda m: m.of_kind("Deployment")[0]["spec"]["selector"]["matchLabels"].update(
+                {"app.kubernetes.io/component": "trainer"}
+            ),
+        ),
+    ],
+    "subdomain_is_a_headless_service": [
+        ("cpu-local", lambda m: m.pod.update(subdomain="other")),
+        ("cpu-local", lambda m: service(m).pop("clusterIP")),
+        ("cpu-local", lambda m: service(m).pop("publishNotReadyAddresses")),
+    ],
+    "rendezvous_leads_to_its_store": [
+        ("cpu-local", lambda m: set_variable(m, "RDZV_HOST", "$(JOB_NAME)-0.elsewhere.ns")),
+        ("cpu-local", lambda m: set_variable(m, "RDZV_CONF", "is_host=0")),
+        ("gke-spot", lambda m: set_variable(m, "RDZV_HOST", "mine")),
+        ("gke-spot", lambda m: set_variable(m, "RDZV_CONF", "join_timeout=600")),
+    ],
+    "ports_agree": [
+        (
+            "gke-spot",
+            lambda m: replace_argument(
+                m, "--rdzv-endpoint=$(RDZV_HOST):29500", "--rdzv-endpoint=$(RDZV_HOST):29400"
+            ),
+        ),
+        ("gke-spot", lambda m: replace_argument(m, "--metrics-port=9400", "--metrics-port=9401")),
+        ("gke-spot", lambda m: service(m)["ports"][0].update(port=1)),
+        (
+            "gke-spot",
+            lambda m: m.of_kind("Deployment")[0]["spec"]["template"]["spec"]["containers"][
+                0
+            ].update(args=["--port=29501"]),
+        ),
+    ],
+    "limits_are_nested": [
+        ("gke-spot", lambda m: m.pod.update(terminationGracePeriodSeconds=10)),
+        ("gke-spot", lambda m: trainer(m)["args"].append("--drain-seconds=10")),
+        ("gke-spot", lambda m: trainer(m)["args"].extend(["--drain-seconds", "10"])),
+        (
+            "gke-spot",
+            lambda m: m.of_kind("ConfigMap")[0]["data"].pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
+        ),
+    ],
+    "variables_are_defined_before_their_use": [
+        ("cpu-local", move_variable),
+        ("cpu-local", lambda m: trainer(m)["args"].append("--label=$(NOBODY)")),
+    ],
+    "policies_cover_the_pods": [
+        ("gke-spot", lambda m: policy(m).update(policyTypes=["Ingress"])),
+        ("gke-spot", lambda m: policy(m).update(policyTypes=["Egress"])),
+        (
+            "gke-spot",
+            lambda m: policy(m).update(
+                podSelector={"matchLabels": {"app.kubernetes.io/component": "trainer"}}
+            ),
+        ),
+    ],
+    "only_the_run_reaches_the_pods": [
+        ("gke-spot", lambda m: policy(m)["ingress"].append({})),
+        ("gke-spot", lambda m: policy(m)["ingress"].append({"from": [{"podSelector": {}}]})),
+        ("gke-spot", lambda m: policy(m)["ingress"].append({"from": [{"namespaceSelector": {}}]})),
+        ("gke-spot", lambda m: policy(m)["ingress"].append({"ports": [{"port": 29500}]})),
+    ],
+    "storage_is_reachable": [
+        ("gke-spot", lambda m: policy(m)["egress"].pop()),
+        (
+            "gke-spot",
+            lambda m: m.of_kind("ConfigMap")[0]["data"].update(AWS_ENDPOINT_URL="http://s3:8333"),
+        ),
+    ],
+    "grace_fits_the_notice": [
+        ("gke-spot", lambda m: m.pod.update(terminationGracePeriodSeconds=16)),
+        ("eks-spot-karpenter", lambda m: m.pod.update(terminationGracePeriodSeconds=121)),
+        ("eks-spot-mng", lambda m: m.pod.update(terminationGracePeriodSeconds=121)),
+        ("aks-spot", lambda m: m.pod.update(terminationGracePeriodSeconds=31)),
+    ],
+    "spot_taints_are_tolerated": [
+        ("aks-spot", lambda m: m.pod["tolerations"].pop()),
+        ("gke-spot", lambda m: m.pod["tolerations"].pop()),
+    ],
+    "no_toleration_is_a_wildcard": [
+        ("eks-spot-karpenter", lambda m: m.pod["tolerations"].append({"operator": "Exists"})),
+        ("gke-spot", lambda m: m.pod["tolerations"].append({"operator": "Exists", "key": ""})),
+    ],
+    "lost_nodes_are_left_soon": [
+        ("gke-spot", lambda m: m.pod["tolerations"].pop(0)),
+        ("gke-spot", lambda m: m.pod["tolerations"][1].pop("tolerationSeconds")),
+        ("gke-spot", lambda m: m.pod["tolerations"][0].update(tolerationSeconds=300)),
+    ],
+    "nothing_delays_the_notice": [("eks-spot-karpenter", annotate), ("gke-spot", add_budget)],
+    "the_store_stays_off_spot_nodes": [
+        (
+            "gke-spot",
+            lambda m: m.of_kind("Deployment")[0]["spec"]["template"]["spec"].pop("affinity"),
+        )
+    ],
+    "image_by_digest": [
+        ("gke-spot", lambda m: trainer(m).update(image="fmnist-dist:latest")),
+        ("gke-spot", lambda m: trainer(m).update(image="fmnist-dist@sha256:abc")),
+    ],
+    "the_store_is_not_shared": [
+        (
+            "gke-spot",
+            lambda m: set_variable(m, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0"),
+        )
+    ],
+    "service_links_are_off": [("gke-spot", lambda m: m.pod.pop("enableServiceLinks"))],
+    "pods_are_restricted": [
+        ("gke-spot", lambda m: m.pod["securityContext"].update(runAsNonRoot=False)),
+        ("gke-spot", lambda m: m.pod["securityContext"].pop("seccompProfile")),
+        ("gke-spot", lambda m: m.pod.pop("automountServiceAccountToken")),
+        ("gke-spot", lambda m: trainer(m)["securityContext"].update(readOnlyRootFilesystem=False)),
+        ("gke-spot", lambda m: trainer(m)["securityContext"].pop("capabilities")),
+    ],
+    "scratch_is_limited": [
+        ("gke-spot", lambda m: m.pod["volumes"][0]["emptyDir"].pop("sizeLimit")),
+        (
+            "gke-spot",
+            lambda m: m.of_kind("Deployment")[0]["spec"]["template"]["spec"]["volumes"][0][
+                "emptyDir"
+            ].pop("sizeLimit"),
+        ),
+    ],
+}
+CASES = [
+    pytest.param(name, overlay, mutate, id=f"{name}-{number}")
+    for name, mutations in MUTATIONS.items()
+    for number, (overlay, mutate) in enumerate(mutations)
+]
+
+
+def test_every_rule_has_a_manifest_that_breaks_it() -> None:
+    assert set(MUTATIONS) == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize(("name", "overlay", "mutate"), CASES)
+def test_a_manifest_that_breaks_a_rule_is_found_with_a_line(
+    name: str, overlay: str, mutate: Callable[[Manifest], Any]
+) -> None:
+    broken = Manifest(copy.deepcopy(rendered(overlay).documents))
+    mutate(broken)
+    lines = [each.line for each in check(broken) if each.rule == name]
+    assert lines, f"{name} does not find it"
+    assert all("\n" not in line and len(line) > 20 for line in lines)
+
+
+def test_an_image_without_digest_is_only_warned_of() -> None:
+    broken = Manifest(copy.deepcopy(rendered("gke-spot").documents))
+    trainer(broken)["image"] = "fmnist-dist:latest"
+    assert [each.is_warning for each in check(broken)] == [True]
