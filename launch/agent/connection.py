@@ -1,0 +1,90 @@
+"""The link to the rendezvous store, opened again whenever it is lost, by one look after the other.
+
+Workers do not need that store, so they train on meanwhile; the agent meets the others again when
+there is a new link.
+"""
+
+import random
+import time
+from concurrent.futures import Future
+
+from torch.distributed import DistError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig
+
+from fmnist_dist.telemetry.events import EventLog
+from launch.agent.aside import aside
+from launch.agent.rendezvous import Link
+
+OPEN_SECONDS = 120.0  # to open a link: torch's own limit to connect is 60, and it may hang after
+PAUSE_SECONDS = 2.0  # before it is tried again, at most; agents do not all come at once
+
+_events = EventLog("launch.agent")
+
+
+class Connection:
+    """Where the link is, if there is one; `look` at it often."""
+
+    def __init__(self, config: LaunchConfig) -> None:
+        self._config = config
+        self._opening: Future[Link] | None = None
+        self._next_at = self._give_up_at = 0.0
+        self.link: Link | None = None
+        self.why = ""  # there is none, where that is known
+
+    def look(self) -> None:
+        """See whether the link is lost, or a new one has come. It waits for nothing."""
+        now = time.monotonic()
+        if self.link is not None:
+            if self.link.is_lost:
+                self.drop("the store of the rendezvous does not answer")
+        elif self._opening is None:
+            if now >= self._next_at:
+                self._opening = aside(lambda: Link(self._config), name="rendezvous")
+                self._give_up_at = now + OPEN_SECONDS
+        elif self._opening.done():
+            opening, self._opening = self._opening, None
+            if why := failure(opening):
+                self._tell(why)
+                self._pause()
+            else:
+                self.link, self.why = opening.result(), ""
+        elif now > self._give_up_at:
+            opening, self._opening = self._opening, None
+            opening.add_done_callback(_abandon)
+            self._tell("the store of the rendezvous does not answer")
+
+    def drop(self, why: str) -> None:
+        """Leave the link behind; a new one is opened after a pause."""
+        if self.link is not None:
+            self.link.abandon()
+        self.link = None
+        self._tell(why)
+        self._pause()
+
+    def _pause(self) -> None:
+        self._next_at = time.monotonic() + PAUSE_SECONDS * random.uniform(0.25, 1.0)
+
+    def _tell(self, why: str) -> None:
+        if not self.why:
+            _events.warning("no store to meet in, it is tried again", why=why)
+        self.why = why
+
+
+def _abandon(opening: "Future[Link]") -> None:
+    """Leave a link behind that has come too late."""
+    if opening.exception() is None:
+        opening.result().abandon()
+
+
+def failure(future: "Future[object] | Future[Link] | Future[None]") -> str:
+    """Return why a thread's work has failed, where that may pass; "" for success.
+
+    Raises what is no fault of network or store.
+    """
+    error = future.exception()
+    if error is None:
+        return ""
+    if isinstance(error, RendezvousError | DistError | OSError):
+        return f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
+    raise error
