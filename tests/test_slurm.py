@@ -1,0 +1,132 @@
+"""`launch/slurm.sbatch` as Slurm runs it: with stand-ins for `srun` and `scontrol`, no cluster."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from jobs import wait_for
+
+from fmnist_dist.errors import ExitCode
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+AGAIN = {ExitCode.BUG, ExitCode.TRANSIENT, ExitCode.PEER_LOST, ExitCode.DRAINED}
+
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" >"$TOLD/arguments"
+while [[ -e $TOLD/wait ]]; do sleep 0.01; done
+exit "$CODE"
+"""
+SCONTROL = """#!/bin/bash
+case $1 in
+show) printf 'node3\\nnode7\\n' ;;
+requeue) echo "$2" >"$TOLD/requeued"; exit "${REFUSES:-0}" ;;
+esac
+"""
+
+
+class Slurm:
+    """What Slurm gives a batch script: an environment, and two programs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", "#!/bin/sh\n")):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        self.environment = {
+            **os.environ,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "TOLD": str(folder),
+            "PYTHON": str(folder / "python"),
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_ID": "42",
+            "SLURM_JOB_NODELIST": "node[3,7]",
+            "SLURM_JOB_NUM_NODES": "2",
+        }
+
+    def start(self, *flags: str, **environment: str) -> subprocess.Popen[str]:
+        # Slurm runs a copy, from its spool folder.
+        copy = self.folder / "slurm_script"
+        copy.write_bytes(SCRIPT.read_bytes())
+        copy.chmod(0o755)
+        return subprocess.Popen(
+            [str(copy), *flags],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *flags: str, **environment: str) -> tuple[int, str]:
+        with self.start(*flags, **environment) as process:
+            return process.wait(60), process.communicate()[1]
+
+    @property
+    def is_requeued(self) -> bool:
+        return (self.folder / "requeued").exists()
+
+    def arguments(self) -> list[str]:
+        return (self.folder / "arguments").read_text().splitlines()
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Slurm:
+    return Slurm(tmp_path)
+
+
+@pytest.mark.parametrize("code", ExitCode)
+def test_a_job_comes_back_unless_it_would_end_in_the_same_way(slurm: Slurm, code: ExitCode) -> None:
+    ended, errors = slurm.run(CODE=str(int(code)))
+    assert ended == code
+    assert slurm.is_requeued == (code in AGAIN)
+    assert len(errors.splitlines()) == (code != ExitCode.FINISHED)
+
+
+def test_errors_are_counted_and_preemptions_are_not(slurm: Slurm) -> None:
+    ended, errors = slurm.run(CODE="137", SLURM_RESTART_COUNT="10")
+    assert (ended, slurm.is_requeued) == (137, False)
+    assert "ended with 137 for the 10th time; not requeued any more" in errors
+    assert slurm.run(CODE="143", SLURM_RESTART_COUNT="5000")[0] == 143
+    assert slurm.is_requeued
+
+
+def test_a_job_that_was_cancelled_does_not_come_back(slurm: Slurm) -> None:
+    ended, errors = slurm.run(CODE="143", REFUSES="1")
+    assert (ended, slurm.is_requeued) == (143, True)  # asked for, and refused
+    assert "Slurm decides whether it comes back" in errors
+
+
+def test_each_node_gets_an_agent_and_each_time_a_rendezvous_of_its_own(slurm: Slurm) -> None:
+    given = ["--run-dir", "/shared/my runs", "--epochs=3"]
+    slurm.run(*given, CODE="0", SLURM_RESTART_COUNT="3", SLURM_GPUS_ON_NODE="4")
+    arguments = slurm.arguments()
+    assert arguments[:3] == ["--no-kill", "--kill-on-bad-exit=0", str(slurm.folder / "python")]
+    agent = arguments[arguments.index("launch.agent") + 1 :]
+    assert agent[-len(given) - 2 :] == ["-m", "fmnist_dist.train", *given]
+    assert {"--nnodes=1:2", "--nproc-per-node=4", "--rdzv-id=42-3"} < set(agent)
+    assert "--rdzv-endpoint=node3:29500" in agent
+
+
+def test_a_signal_to_the_script_does_not_end_it_before_its_agents(slurm: Slurm) -> None:
+    waits = slurm.folder / "wait"
+    waits.touch()
+    with slurm.start(CODE="143") as process:
+        wait_for((slurm.folder / "arguments").exists, "srun")
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "slurm.sbatch: asked to stop\n"
+        assert process.poll() is None
+        waits.unlink()
+        assert process.wait(60) == 143
+    assert slurm.is_requeued
+
+
+def test_without_an_environment_it_says_what_to_do(slurm: Slurm) -> None:
+    ended, errors = slurm.run(CODE="0", PYTHON="/nowhere/python")
+    assert ended == ExitCode.USAGE
+    assert errors == (
+        "slurm.sbatch: /nowhere/python is no program: submit from the checkout after "
+        "launch/local.sh, or set PYTHON\n"
+    )
