@@ -1,30 +1,26 @@
 """Try to kill it: `python -m launch.drill`. Run it before you believe a word of the README.
 
 Trains once undisturbed and once while parts of the job are killed, stopped and asked to stop at
-random moments of a seeded schedule; compares the two, and prints a verdict with the evidence.
+random moments of a seeded schedule; compares the two, and prints a verdict with the evidence. With
+`--job` it is the pods of a rendered Kubernetes Job that are preempted, see `launch.jobdrill`.
 """
 
-import json
 import random
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Protocol
 
 from cyclopts import App, Parameter
 
-from fmnist_dist.checkpoint.hint import read_hints
-from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.errors import ExitCode, FmnistDistError, UsageError
 from fmnist_dist.usage import columns, run_app
-from launch.launched import LIMIT_SECONDS, HangError, Launched, kill, reached, state
+from launch.launched import HangError, Launched, advanced, has_passed, kill, reached, state
+from launch.verdict import Struck, judge, show, tell
 
 _FENCED = f"exit_code={int(ExitCode.FENCED)}"
 
@@ -48,31 +44,18 @@ _NUMBERS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Struck:
-    """One fault that happened: proved by the state of the processes that it hit."""
+class Subject(Protocol):
+    """A training to disturb."""
 
-    what: str
-    at_step: int
-    workers: int
-    level: str  # healed | restarted | launched anew
-    seconds: float  # to the next finished step
-
-    @property
-    def leaves_nobody(self) -> bool:
-        """Whether all that held the newest state ended at once, and without notice."""
-        alone = self.workers == 1 and self.what == "kill a keeper"
-        return alone or self.what in {"kill the agent", "freeze the launch"}
-
-    def line(self, number: int) -> str:
-        return (
-            f"{number:3}  {self.what:18} step {self.at_step:4}  {self.workers} workers  "
-            f"{self.level:14} {self.seconds:7.2f} s"
-        )
+    def start(self) -> None: ...
+    def strike(self) -> Struck | None: ...
+    def finish(self) -> None: ...
+    def problems(self) -> list[str]: ...
+    def end(self) -> None: ...
 
 
 class Drill:
-    """The disturbed training."""
+    """The disturbed training: launches of torchrun, one after the other."""
 
     def __init__(
         self, run: Place, flags: list[str], *, log: Path, seed: int, worlds: list[int]
@@ -82,6 +65,8 @@ class Drill:
         self._flags = flags
         self._worlds = worlds
         self._draw = random.Random(seed)
+
+    def start(self) -> None:
         self.job = self._launch()
 
     def _launch(self) -> Launched:
@@ -94,7 +79,7 @@ class Drill:
         steps = self._draw.randrange(1, 6)
         attempt, step = reached(self.run)
         job = self.job
-        job.wait_for(lambda: job.has_ended or _has_passed(self.run, attempt, step + steps), "steps")
+        job.wait_for(lambda: job.has_ended or has_passed(self.run, attempt, step + steps), "steps")
         time.sleep(self._draw.random() * 0.2)
         victims = self._victims(what)
         before, began = reached(self.run), time.monotonic()
@@ -125,6 +110,8 @@ class Drill:
             workers=job.workers,
             level="healed" if reached(self.run)[0] == before[0] else level,
             seconds=seconds,
+            leaves_nobody=what in {"kill the agent", "freeze the launch"}
+            or (what == "kill a keeper" and job.workers == 1),
         )
 
     def _thaw(self, job: Launched, frozen: list[int]) -> None:
@@ -143,10 +130,25 @@ class Drill:
         def goes_on() -> bool:
             attempt, step = reached(self.run)
             if attempt > before[0]:
-                return _advanced(self.run)
+                return advanced(self.run)
             return not restarts and step >= before[1] + 2
 
         job.wait_for(lambda: job.has_ended or goes_on(), "the next finished step")
+
+    def finish(self) -> None:
+        """Let the training end, launching it again where it was the last fault that ended it."""
+        for _ in range(3):
+            self.job.await_end("the end of the training")
+            if show(self.run)["status"] == "finished":
+                return
+            self.job = self._launch()
+
+    def problems(self) -> list[str]:
+        """Return what is wrong besides the run; here all evidence is in the run."""
+        return []
+
+    def end(self) -> None:
+        self.job.end()
 
     def _victims(self, what: str) -> list[int]:
         if what.endswith("agent"):
@@ -159,17 +161,6 @@ class Drill:
         return [self._draw.choice(found)]
 
 
-def _has_passed(run: Place, attempt: int, step: int) -> bool:
-    now = reached(run)
-    return now[0] > attempt or now[1] >= step
-
-
-def _advanced(run: Place) -> bool:
-    hints = read_hints(run.notes)
-    newest = hints[max(hints)]
-    return newest.last_step > newest.first_step
-
-
 def drill(
     *,
     faults: Annotated[int, Parameter(help="how many must happen")] = 20,
@@ -177,6 +168,9 @@ def drill(
     steps: Annotated[int, Parameter(help="of the training, at least")] = 300,
     batch_size: Annotated[int, Parameter(help="small, so that steps are quick")] = 64,
     workers: Annotated[str, Parameter(help="world sizes to move between")] = "1,2,3,4",
+    job: Annotated[
+        Path | None, Parameter(help="of Kubernetes, rendered: its pods in torchrun's place")
+    ] = None,
     keep: Annotated[Path | None, Parameter(help="folder for runs and logs")] = None,
     run_dir: Annotated[str | None, Parameter(help="URL of a new folder for the runs")] = None,
 ) -> int:
@@ -190,112 +184,41 @@ def drill(
     calm_run, run = (_run_in(run_dir or str(folder), name) for name in ("calm", "disturbed"))
     common = [f"--batch-size={batch_size}", f"--max-steps={steps}", "--save-every-seconds=10"]
     common += ["--eval-every-epochs=99", "--step-timeout=10", "--device=cpu"]
+    subject: Subject
+    if job is None:
+        subject = Drill(run, common, log=folder / "disturbed.log", seed=seed, worlds=worlds)
+    else:
+        from launch.jobdrill import JobDrill  # noqa: PLC0415 - PyYAML, of the extra `k8s`
+
+        subject = JobDrill(job, run, common, folder=folder, seed=seed)
     print(f"undisturbed: {steps} steps of {batch_size} images, 2 workers", flush=True)
     calm = Launched(calm_run, common, workers=2, log=folder / "calm.log")
     struck: list[Struck] = []
-    subject: Drill | None = None
     problems: list[str] = []
     try:
         calm.await_end("the undisturbed training")
         print(f"disturbed: {faults} faults, schedule of seed {seed}", flush=True)
-        log = folder / "disturbed.log"
-        subject = Drill(run, common, log=log, seed=seed, worlds=worlds)
+        subject.start()
         while len(struck) < faults:
             hit = subject.strike()
             if hit is None:
                 break
             struck.append(hit)
             print(hit.line(len(struck)), flush=True)
-        _finish(subject)
+        subject.finish()
     except HangError as hang:
         problems.append(f"it hangs: {hang}")
     finally:
         calm.end()
-        if subject is not None:
-            subject.job.end()
+        subject.end()
     problems += judge(calm_run, run, struck, faults=faults)
-    _tell(struck, problems, show(run))
+    problems += subject.problems()
+    tell(struck, problems, show(run))
     if keep is None and not problems:
         shutil.rmtree(folder)
     else:
         print(f"runs and logs: {folder}")
     return 1 if problems else 0
-
-
-def _finish(subject: Drill) -> None:
-    """Let the training end, launching it again where it was the last fault that ended it."""
-    for _ in range(3):
-        job = subject.job
-        job.await_end("the end of the training")
-        if show(subject.run)["status"] == "finished":
-            return
-        subject.job = subject._launch()  # noqa: SLF001 - one piece with `Drill`
-
-
-def judge(calm: Place, disturbed: Place, struck: list[Struck], *, faults: int) -> list[str]:
-    """Return what is wrong with the evidence; nothing: it cannot be killed."""
-    problems = []
-    if len(struck) < faults:
-        problems.append(f"{len(struck)} of {faults} faults happened: train for more --steps")
-    stories = {run: show(run) for run in (calm, disturbed)}
-    for run, story in stories.items():
-        if story["status"] != "finished":
-            name = str(run).rpartition("/")[2]
-            problems.append(f"the {name} run is {story['status']}, not finished")
-    if problems:
-        return problems
-    if bits(calm) != bits(disturbed):
-        problems.append("the bits differ from the undisturbed run's")
-    proof = _runs("ledger", disturbed)
-    if proof.returncode:
-        problems.append(f"the ledger: {proof.stdout or proof.stderr}")
-    story = stories[disturbed]
-    silent = sum(each.leaves_nobody for each in struck)
-    without = sum(1 for each in story["attempts"] if each["lost_steps"])
-    if without > silent:
-        problems.append(f"{without} attempts lost steps, {silent} ended with nobody left or told")
-    alone = any(each.what == "kill all trainers" or each.workers == 1 for each in struck)
-    lost = sum(each["lost_steps"] for each in story["heals"])
-    if lost and not alone:
-        problems.append(f"heals lost {lost} steps although a trainer was left each time")
-    return problems
-
-
-def _tell(struck: list[Struck], problems: list[str], story: dict[str, Any]) -> None:
-    for level in ("healed", "restarted", "launched anew"):
-        seconds = [each.seconds for each in struck if each.level == level]
-        if seconds:
-            middle = statistics.median(seconds)
-            print(f"{level:14} {len(seconds):3} times, {middle:.2f} s (max {max(seconds):.2f} s)")
-    lost = [
-        sum(each["lost_steps"] or 0 for each in story.get(n, ())) for n in ("heals", "attempts")
-    ]
-    print(f"steps lost, by the run's own log: {lost[0]} in heals, {lost[1]} between attempts")
-    for problem in problems:
-        print(f"PROBLEM: {problem}")
-    print("FAIL" if problems else "PASS: same bits, every sample once, nothing hung")
-
-
-def bits(run: Place) -> dict[str, str]:
-    """Return the SHA-256 of every file of the newest checkpoint but its metric rows."""
-    log = RunLog(run.storage())
-    body: Any = log.record(log.read().head.checkpoints[-1].index).body
-    return {name: file.sha256 for name, file in body.files.items() if name != "metrics.jsonl"}
-
-
-def show(run: Place) -> dict[str, Any]:
-    found = _runs("show", run, "--json")
-    return json.loads(found.stdout) if found.returncode == 0 else {"status": "not there"}
-
-
-def _runs(command: str, run: Place, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fmnist_dist.runs", command, str(run), *flags],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
 
 
 def _run_in(folder: str, name: str) -> Place:

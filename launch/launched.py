@@ -45,16 +45,16 @@ class Launched:
         return self.agent.poll() is not None
 
     def keepers(self) -> list[int]:
-        return _children(self.agent.pid, "fmnist-keeper")
+        return children(self.agent.pid, "fmnist-keeper")
 
     def trainers(self) -> list[int]:
-        return [each for keeper in self.keepers() for each in _children(keeper, "fmnist-trainer")]
+        return [each for keeper in self.keepers() for each in children(keeper, "fmnist-trainer")]
 
     def processes(self) -> list[int]:
         """Return the agent and all that it has started, trainers' spares among them."""
         found = [self.agent.pid]
         for process in found:
-            found += _children(process)
+            found += children(process)
         return found
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
@@ -87,6 +87,19 @@ def reached(run: Place) -> tuple[int, int]:
     return (max(hints), hints[max(hints)].last_step) if hints else (0, -1)
 
 
+def has_passed(run: Place, attempt: int, step: int) -> bool:
+    """Whether a run has finished a step, or a later attempt goes on."""
+    now = reached(run)
+    return now[0] > attempt or now[1] >= step
+
+
+def advanced(run: Place) -> bool:
+    """Whether the newest attempt has finished a step of its own."""
+    hints = read_hints(run.notes)
+    newest = hints[max(hints)]
+    return newest.last_step > newest.first_step
+
+
 def kill(process: int, number: signal.Signals) -> bool:
     """Send a signal; return whether a living process got it."""
     if state(process) in {"", "Z", "X"}:
@@ -106,7 +119,7 @@ def state(process: int) -> str:
         return ""
 
 
-def _children(parent: int, name: str | None = None) -> list[int]:
+def children(parent: int, name: str | None = None) -> list[int]:
     found = []
     try:
         tasks = list(Path(f"/proc/{parent}/task").iterdir())

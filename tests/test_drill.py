@@ -9,10 +9,17 @@ import pytest
 from jobs import ROOT
 
 from fmnist_dist.checkpoint.place import Place
-from launch import drill
+from launch import verdict
 
 CALM, DISTURBED = Place.of("/of/calm"), Place.of("/of/disturbed")
-STRUCK = drill.Struck(what="kill a trainer", at_step=3, workers=2, level="healed", seconds=0.1)
+STRUCK = verdict.Struck(
+    what="kill a trainer",
+    at_step=3,
+    workers=2,
+    level="healed",
+    seconds=0.1,
+    leaves_nobody=False,
+)
 
 
 def run_drill(*flags: str, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -81,10 +88,10 @@ def test_the_verdict_fails_on_bad_evidence_and_on_nothing_else(
         return {"model": bad.get("bits", "same") if run == DISTURBED else "same"}
 
     proof = subprocess.CompletedProcess([], bad.get("ledger", 0), "broken", "")
-    monkeypatch.setattr(drill, "bits", bits)
-    monkeypatch.setattr(drill, "_runs", lambda *_: proof)
+    monkeypatch.setattr(verdict, "bits", bits)
+    monkeypatch.setattr(verdict, "_runs", lambda *_: proof)
     monkeypatch.setattr(
-        drill, "show", lambda run: bad.get("story", story()) if run == DISTURBED else story()
+        verdict, "show", lambda run: bad.get("story", story()) if run == DISTURBED else story()
     )
-    problems = drill.judge(CALM, DISTURBED, [STRUCK], faults=bad.get("faults", 1))
+    problems = verdict.judge(CALM, DISTURBED, [STRUCK], faults=bad.get("faults", 1))
     assert [said in problem for problem in problems] == ([True] if said else [])

@@ -7,14 +7,12 @@ without those of the tests, that the compiled code is what runs, or that the S3 
 slow version builds both images in full and binds nothing.
 """
 
-import dataclasses
 import json
 import os
 import shutil
 import sys
 import sysconfig
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import pytest
 import seaweed
 from containers import Composed, Engine, missing
 from dockerfiles import stages
-from jobs import ROOT, ledger, show, wait_for
+from jobs import ROOT, show, wait_for
 
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
@@ -152,7 +150,7 @@ def confined(compose: Composed, service: str) -> None:
 
 
 def post_mortem(compose: Composed, service: str) -> dict[str, Any]:
-    form = "range .Mounts}}{{if eq .Destination \"/scratch\"}}{{.Source}}{{end}}{{end"
+    form = 'range .Mounts}}{{if eq .Destination "/scratch"}}{{.Source}}{{end}}{{end'
     folder = compose.engine.inspect(compose.container(service), form)
     return json.loads((Path(folder) / "post-mortem.json").read_text())
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from job_controller import Ended, JobController, Pod
 
 from fmnist_dist.errors import ExitCode
+from launch.k8s.controller import Ended, JobController, Pod
 from launch.k8s.live import LiveJob
 from launch.k8s.manifest import Document
 from launch.k8s.render import render

@@ -18,10 +18,10 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from job_controller import Ended, JobController, Pod
 from jobs import ROOT
 
 from launch.k8s.__main__ import main
+from launch.k8s.controller import Ended, JobController, Pod
 
 KUBECTL = shutil.which("kubectl")
 IMAGE = f"registry.example/fmnist-dist@sha256:{'a' * 64}"

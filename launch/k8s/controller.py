@@ -42,7 +42,7 @@ class Pod:
 
     @property
     def is_failed(self) -> bool:
-        """isPodFailed of job_controller.go with onlyReplaceFailedPods: the phase alone counts."""
+        """`isPodFailed` of job_controller.go with onlyReplaceFailedPods: the phase alone counts."""
         return self.ended is not None and self.ended.code != 0
 
     @property
@@ -92,7 +92,7 @@ class JobController:
         return self.job["spec"]
 
     def sync(self, now: float) -> None:
-        """syncJob of job_controller.go."""
+        """`syncJob` of job_controller.go."""
         if self.condition is not None:
             return
         self._observe(now)
@@ -134,7 +134,7 @@ class JobController:
         return pod.index < self.spec["completions"]
 
     def match(self, ended: Ended) -> tuple[bool, str | None, int]:
-        """matchPodFailurePolicy of pod_failure_policy.go: is it counted, by which action and rule.
+        """`matchPodFailurePolicy` of pod_failure_policy.go: is it counted, by which rule.
 
         getMatchingContainerFromList never matches exit code 0; matchOnPodConditions wants type and
         status to be equal.
@@ -154,7 +154,7 @@ class JobController:
         return True, None, -1
 
     def _fail_job(self) -> tuple[str, str, str] | None:
-        """getFailJobMessage of job_controller.go: any pod that is there, however old."""
+        """`getFailJobMessage` of job_controller.go: any pod that is there, however old."""
         for pod in self.pods:
             if pod.ended is not None and pod.is_failed:
                 _, action, number = self.match(pod.ended)
@@ -168,7 +168,7 @@ class JobController:
         return None
 
     def _past_backoff_limit(self) -> tuple[str, str, str] | None:
-        """exceedsBackoffLimit of syncJob; its default is SetDefaults_Job of pkg/apis/batch/v1."""
+        """`exceedsBackoffLimit` of syncJob; its default is SetDefaults_Job of pkg/apis/batch/v1."""
         default = MAX_INT32 if "backoffLimitPerIndex" in self.spec else 6
         fresh = sum(
             self.match(pod.ended)[0]
@@ -181,7 +181,7 @@ class JobController:
         return None
 
     def _fails_index(self, pod: Pod) -> bool:
-        """isIndexFailed of indexed_job_utils.go."""
+        """`isIndexFailed` of indexed_job_utils.go."""
         if pod.ended is None or not pod.is_failed:
             return False
         is_counted, action, _ = self.match(pod.ended)
@@ -199,7 +199,7 @@ class JobController:
         return None
 
     def _success_policy(self) -> tuple[str, str, str] | None:
-        """matchSuccessPolicy of success_policy.go, for rules without succeededIndexes."""
+        """`matchSuccessPolicy` of success_policy.go, for rules without succeededIndexes."""
         for number, rule in enumerate(self.spec.get("successPolicy", {}).get("rules", ())):
             assert "succeededIndexes" not in rule, "not modelled"
             if self.succeeded and len(self.succeeded) >= rule["succeededCount"]:
@@ -208,7 +208,7 @@ class JobController:
         return None
 
     def _manage(self, now: float) -> None:
-        """manageJob of job_controller.go."""
+        """`manageJob` of job_controller.go."""
         active = [pod for pod in self.pods if pod.is_active]
         if self.spec.get("suspend", False):
             self._remove(active)
@@ -230,13 +230,13 @@ class JobController:
                 self._create(index, former)
 
     def _pending_indexes(self) -> list[int]:
-        """firstPendingIndexes of indexed_job_utils.go; a terminating pod keeps its index."""
+        """`firstPendingIndexes` of indexed_job_utils.go; a terminating pod keeps its index."""
         taken = {pod.index for pod in self.pods if pod.is_active or pod.is_terminating}
         taken |= self.succeeded | self.failed
         return [each for each in range(self.spec["completions"]) if each not in taken]
 
     def _last_failed(self, index: int) -> Pod | None:
-        """getPodsWithDelayedDeletionPerIndex of indexed_job_utils.go."""
+        """`getPodsWithDelayedDeletionPerIndex` of indexed_job_utils.go."""
         failed = [
             pod for pod in self.pods if pod.index == index and pod.is_failed and pod.is_tracked
         ]
@@ -244,7 +244,7 @@ class JobController:
 
     @staticmethod
     def _backoff(former: Pod) -> float:
-        """getRemainingTimePerIndex of backoff_utils.go: ignored failures are among them."""
+        """`getRemainingTimePerIndex` of backoff_utils.go: ignored failures are among them."""
         times = former.failures + former.ignored + 1
         return min(FIRST_BACKOFF_SECONDS * 2 ** (times - 1), LONGEST_BACKOFF_SECONDS)
 
