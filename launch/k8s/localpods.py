@@ -49,7 +49,7 @@ class LocalPods:
     def __init__(
         self, manifest: Manifest, *, run: str, flags: list[str], folder: Path, uid: str
     ) -> None:
-        self._manifest = manifest
+        self.manifest = manifest
         self._run = run
         self._flags = flags
         self._folder = folder
@@ -64,7 +64,7 @@ class LocalPods:
         """Whether the manifest has the rendezvous in a pod of its own, not of the Job."""
         return any(
             template["metadata"]["labels"].get(COMPONENT) == _STORE
-            for _, template in self._manifest.pods()
+            for _, template in self.manifest.pods()
         )
 
     def keep_store(self) -> None:
@@ -121,7 +121,7 @@ class LocalPods:
 
     def stop(self, pod: Pod) -> None:
         """Ask a pod to end, within its grace period."""
-        grace = float(self._manifest.pod["terminationGracePeriodSeconds"])
+        grace = float(self.manifest.pod["terminationGracePeriodSeconds"])
         running = self._pods[pod]
         if running.killed_at is None:
             running.killed_at = time.monotonic() + grace
@@ -170,8 +170,8 @@ class LocalPods:
 
     def environment(self, pod: Pod, folder: Path) -> dict[str, str]:
         """Return what the container gets: `envFrom`, then `env` in its order."""
-        trainer = self._manifest.trainer
-        written = self._manifest.environment()
+        trainer = self.manifest.trainer
+        written = self.manifest.environment()
         given = {each["name"]: each for each in trainer["env"]}
         found = {
             name: _here(text, self._mounts, folder)
@@ -183,13 +183,13 @@ class LocalPods:
             if text is None:
                 text = self._field(each["valueFrom"]["fieldRef"]["fieldPath"], pod)
             found[name] = _here(_expanded(text, found), self._mounts, folder)
-        host = flag_in(self._manifest.args, "rdzv-endpoint").rpartition(":")[0]
+        host = flag_in(self.manifest.args, "rdzv-endpoint").rpartition(":")[0]
         if (reference := _REFERENCE.fullmatch(host)) is not None:
             found[reference["name"]] = str(_FIRST_ADDRESS)
         return found
 
     def arguments(self, environ: Mapping[str, str], folder: Path) -> list[str]:
-        arguments = [_expanded(each, environ) for each in self._manifest.args]
+        arguments = [_expanded(each, environ) for each in self.manifest.args]
         conf = flag_in(arguments, "rdzv-conf")
         if "is_host=" not in conf:  # index 0 would know by its name; here all names lead here
             is_host = int(environ["POD_IP"] == str(_FIRST_ADDRESS))
@@ -206,9 +206,9 @@ class LocalPods:
         return [*kept, *self._flags]
 
     def _field(self, path: str, pod: Pod) -> str:
-        metadata = self._manifest.job["metadata"]
+        metadata = self.manifest.job["metadata"]
         labels = {
-            **self._manifest.template["metadata"]["labels"],
+            **self.manifest.template["metadata"]["labels"],
             JOB_NAME: metadata["name"],
             INDEX: str(pod.index),
             _CONTROLLER_UID: self._uid,
@@ -224,7 +224,7 @@ class LocalPods:
 
     @property
     def _mounts(self) -> list[str]:
-        return [each["mountPath"] for each in self._manifest.trainer["volumeMounts"]]
+        return [each["mountPath"] for each in self.manifest.trainer["volumeMounts"]]
 
 
 def _here(text: str, mounts: list[str], folder: Path) -> str:
