@@ -205,6 +205,7 @@ def operations(run: SmallRun, *flags: str) -> list[str]:
         def _point(self, name: str, path: Path) -> None:
             names.append(f"{name} {path}")
 
+    assert isinstance(run.root, Path)
     copy = run.beside(f"{run.root.name}-watched")
     if run.root.exists():
         shutil.copytree(run.root, copy.root)

@@ -82,8 +82,8 @@ class S3Path:
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
-    def write_bytes(self, data: bytes) -> None:
-        self.parent.storage().replace(self.name, data)
+    def write_bytes(self, data: bytes | bytearray) -> None:
+        self.parent.storage().replace(self.name, bytes(data))
 
     def written_at(self) -> datetime:
         return self.parent.storage().written_at(self.name)

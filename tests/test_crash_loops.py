@@ -1,4 +1,7 @@
-"""What would end in the same way for ever ends with 70; what somebody kills does not."""
+"""What would end in the same way for ever ends with 70; what somebody kills does not.
+
+What checkpoints and attempts have a part in, on a disk, and on a real S3 server.
+"""
 
 import os
 import signal
@@ -14,7 +17,8 @@ import pytest
 from alone import Alone
 from in_process import SmallRun, clean_environ, in_child, small_run
 from jobs import ROOT, Job, alive, reached, show, wait_for, wait_for_step
-from run_files import assert_sound, bodies, checkpoints, model_sha256
+from on_s3 import disk_only
+from run_files import Folder, assert_sound, bodies, checkpoints, model_sha256
 from running import running
 
 from fmnist_dist.checkpoint.failure import ATTEMPTS, note_failure, repeated_failure
@@ -29,8 +33,8 @@ FLAGS = ("--max-steps", "12", "--save-every-steps", "3")
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[SmallRun]:
-    with small_run(tmp_path) as run:
+def run(tmp_path: Path, root: Folder) -> Iterator[SmallRun]:
+    with small_run(tmp_path, root) as run:
         yield run
 
 
@@ -55,21 +59,23 @@ def test_the_same_crash_at_the_same_step_ends_with_70_and_the_state_before_is_sa
     assert model_sha256(run.root) == model_sha256(whole.root)
 
 
-def test_a_checkpoint_that_crashes_all_ranks_is_taken_out_of_use(tmp_path: Path) -> None:
+def test_a_checkpoint_that_crashes_all_ranks_is_taken_out_of_use(
+    root: Folder, tmp_path: Path
+) -> None:
     """One rank that can restore it would send its state to the others."""
     flags = ["--batch-size=64", "--eval-every-epochs=99", "--save-every-steps=4"]
-    run = tmp_path / "run"
-    Job(run, [*flags, "--max-steps=8"], module="train_small").start().finish()
+    small = {"module": "train_small", "logs": tmp_path}
+    Job(root, [*flags, "--max-steps=8"], **small).start().finish()
     faults = {"FMNIST_DIST_FAULTS": f"restore:segv:1x{RESTORE_DEATHS}"}
     with mock.patch.dict(os.environ, faults):
-        job = Job(run, [*flags, "--max-steps=12"], module="train_small").start()
+        job = Job(root, [*flags, "--max-steps=12"], **small).start()
     text = job.finish()
     assert text.count("fault: segv at restore") >= RESTORE_DEATHS
-    (quarantined,) = bodies(run, Quarantine)
+    (quarantined,) = bodies(root, Quarantine)
     assert quarantined.step == 8
     assert 'checkpoint="step 4"' in text
-    assert show(run)["step"] == 12
-    assert_sound(run)
+    assert show(root)["step"] == 12
+    assert_sound(root)
 
 
 @pytest.mark.slow
@@ -186,6 +192,7 @@ def test_a_note_that_was_cut_off_is_none_and_the_first_rank_to_fail_says_why(
     assert noted(tmp_path, same, same, same) is None
 
 
+@disk_only
 def test_a_keeper_that_fails_leaves_word_too(run: SmallRun) -> None:
     code = (
         "import os, sys; from pathlib import Path; import in_process\n"
