@@ -5,14 +5,17 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -135,6 +138,7 @@ def cluster(tmp_path: Path, submission: Path) -> Cluster:
     return Cluster(folder, program, submission)
 
 
+COMPLETE = {"type": "Complete", "status": "True"}
 FAILED = {"type": "Failed", "status": "True", "reason": "PodFailurePolicy"}
 
 
@@ -294,7 +298,9 @@ def test_wait_goes_on_where_the_cluster_does_not_answer_for_a_moment(
             refusal.unlink()
             happens(cluster, {0: Ended(0)})
 
-    monkeypatch.setattr("launch.k8s.status.time.sleep", sleep)
+    # Of this module alone: `subprocess` sleeps too.
+    clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    monkeypatch.setattr("launch.k8s.status.time", clock)
     ended = cluster.run("wait", "mine", "--timeout=60")
     assert (ended.returncode, ended.stdout) == (0, "mine: finished\n")
     assert ended.stderr.count("no cluster answers") == 2
@@ -540,6 +546,19 @@ def test_without_kubectl_or_without_a_cluster_it_is_one_line(
     ended = cluster.start("status", "mine", environ={"KUBECONFIG": str(tmp_path / "none")})
     assert (ended.returncode, len(ended.stderr.splitlines())) == (75, 1)
     assert "no cluster answers" in ended.stderr
+
+
+def test_the_commands_of_the_manual_are_ours(cluster: Cluster) -> None:
+    manual = (ROOT / "k8s" / "README.md").read_text()
+    lines = manual.partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert len(lines) == 5, "from an image and a bucket to a run"
+    for line in lines[1:]:
+        words = shlex.split(line.replace("sha256:…", f"sha256:{'a' * 64}"))
+        assert words[:3] == ["python", "-m", "launch.k8s"]
+        if words[3] == "wait":
+            cluster.edit("job", "mine", status={"conditions": [COMPLETE]})
+        told = cluster.start(*words[3:], environ={"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
+        assert told.returncode == 0, told.stderr
 
 
 def test_render_prints_what_submit_would_send(cluster: Cluster) -> None:
