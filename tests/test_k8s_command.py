@@ -5,14 +5,17 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -39,6 +42,14 @@ class Cluster:
 
     folder: Path
     program: Path
+    submission: Path  # what a cluster holds after `SUBMIT`, to begin with
+
+    def submit(self) -> None:
+        """Be where `told(*SUBMIT)` leads, without a second of calls."""
+        if not self.submission.exists():
+            self.told(*SUBMIT)
+            shutil.copytree(self.folder, self.submission)
+        shutil.copytree(self.submission, self.folder, dirs_exist_ok=True)
 
     def environ(self) -> dict[str, str]:
         given = {name: os.environ[name] for name in os.environ if not name.startswith("AWS_")}
@@ -110,17 +121,24 @@ class Cluster:
         return self.folder / NAMESPACE / kind / f"{name}.json"
 
 
+@pytest.fixture(scope="session")
+def submission(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the first test that needs it leaves what a submission comes to."""
+    return tmp_path_factory.mktemp("submission") / "cluster"
+
+
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
+def cluster(tmp_path: Path, submission: Path) -> Cluster:
     folder, program = tmp_path / "cluster", tmp_path / "bin" / "kubectl"
     folder.mkdir()
     program.parent.mkdir()
     stand_in = ROOT / "tests" / "kubectl_stand_in.py"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stand_in}" "$@"\n')
     program.chmod(0o755)
-    return Cluster(folder, program)
+    return Cluster(folder, program, submission)
 
 
+COMPLETE = {"type": "Complete", "status": "True"}
 FAILED = {"type": "Failed", "status": "True", "reason": "PodFailurePolicy"}
 
 
@@ -152,7 +170,7 @@ def test_kueue_releases_what_is_in_its_queue(cluster: Cluster) -> None:
 
 
 def test_the_same_run_goes_on_when_its_job_has_ended(cluster: Cluster) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     cluster.edit("job", "mine", status={"conditions": [FAILED]})
     assert cluster.told(*SUBMIT).startswith("resumed mine: 4 pods")
     assert "status" not in cluster.object("job", "mine")
@@ -160,7 +178,7 @@ def test_the_same_run_goes_on_when_its_job_has_ended(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("other", [[], ["--run-id=another"], [f"--run-dir={RUN_DIR}/"]])
 def test_two_live_jobs_on_one_run_are_refused(cluster: Cluster, other: list[str]) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     words = [each for each in SUBMIT if not other or each.split("=")[0] != other[0].split("=")[0]]
     code, line = cluster.refused(*words, *other)
     assert code == 76
@@ -169,7 +187,7 @@ def test_two_live_jobs_on_one_run_are_refused(cluster: Cluster, other: list[str]
 
 
 def test_another_run_beside_it_is_none_of_its_business(cluster: Cluster) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     cluster.told(*[f"--run-dir={RUN_DIR}-2" if "run-dir" in each else each for each in SUBMIT])
     assert cluster.names("job") == ["mine", "mine-2"]
     assert cluster.names("service") == ["mine", "mine-2", "mine-2-store", "mine-store"]
@@ -185,7 +203,7 @@ def test_what_cannot_be_completed_is_taken_back(cluster: Cluster) -> None:
 
 
 def test_scale_changes_all_three_numbers_at_once_within_the_submission(cluster: Cluster) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     assert cluster.told("scale", "mine", "--nodes=3") == "mine: 3 pods"
     spec = cluster.object("job", "mine")["spec"]
     assert (spec["completions"], spec["parallelism"], spec["maxFailedIndexes"]) == (3, 3, 1)
@@ -197,7 +215,7 @@ def test_scale_changes_all_three_numbers_at_once_within_the_submission(cluster: 
 
 
 def test_suspend_resume_and_cancel(cluster: Cluster) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     assert cluster.told("suspend", "mine") == "mine: suspended"
     assert cluster.object("job", "mine")["spec"]["suspend"] is True
     assert cluster.told("resume", "mine") == "mine: goes on"
@@ -256,7 +274,7 @@ POST_MORTEM = json.dumps({"reason": "another seed", "exit_code": 78, "fault": "t
 def test_wait_ends_with_the_code_of_the_training(
     cluster: Cluster, codes: dict[int, Ended], expected: int, said: str
 ) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     happens(cluster, codes)
     ended = cluster.run("wait", "mine", "--timeout=1")
     assert ended.returncode == expected, ended.stderr
@@ -268,7 +286,7 @@ def test_wait_ends_with_the_code_of_the_training(
 def test_wait_goes_on_where_the_cluster_does_not_answer_for_a_moment(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     refusal = cluster.folder / "refuse-get"
     pauses: list[float] = []
 
@@ -280,14 +298,16 @@ def test_wait_goes_on_where_the_cluster_does_not_answer_for_a_moment(
             refusal.unlink()
             happens(cluster, {0: Ended(0)})
 
-    monkeypatch.setattr("launch.k8s.status.time.sleep", sleep)
+    # Of this module alone: `subprocess` sleeps too.
+    clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    monkeypatch.setattr("launch.k8s.status.time", clock)
     ended = cluster.run("wait", "mine", "--timeout=60")
     assert (ended.returncode, ended.stdout) == (0, "mine: finished\n")
     assert ended.stderr.count("no cluster answers") == 2
 
 
 def test_wait_has_a_limit_where_it_was_given_one(cluster: Cluster) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     assert cluster.refused("wait", "mine", "--timeout=0.1") == (
         75,
         "launch.k8s: mine: still running after 0.1 s",
@@ -295,7 +315,7 @@ def test_wait_has_a_limit_where_it_was_given_one(cluster: Cluster) -> None:
 
 
 def test_status_shows_the_job_its_pods_and_why_the_run_cannot_be_read(cluster: Cluster) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     happens(cluster, {1: Ended(78, message=POST_MORTEM)})
     nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "nobody"}
     shown = cluster.start("status", "mine", environ={**nobody, "AWS_SECRET_ACCESS_KEY": "nobody"})
@@ -306,7 +326,7 @@ def test_status_shows_the_job_its_pods_and_why_the_run_cannot_be_read(cluster: C
 
 
 def test_status_joins_the_head_of_the_runs_log(cluster: Cluster, trained_run: Path) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     job = cluster.object("job", "mine")
     job["metadata"]["annotations"]["fmnist-dist/run-dir"] = str(trained_run)
     cluster.put(job)
@@ -349,7 +369,7 @@ def node(**labels: str) -> dict[str, Any]:
 
 
 def test_doctor_finds_nothing_in_what_was_submitted(cluster: Cluster) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     assert cluster.told("doctor", "mine") == "mine: nothing found"
 
 
@@ -453,7 +473,7 @@ def test_doctor_finds_nothing_in_what_was_submitted(cluster: Cluster) -> None:
 def test_doctor_finds_the_traps_of_spot_nodes_and_changes_nothing(
     cluster: Cluster, documents: list[dict[str, Any]], said: str
 ) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     for each in documents:
         cluster.put(each)
     before = len(cluster.calls())
@@ -465,7 +485,7 @@ def test_doctor_finds_the_traps_of_spot_nodes_and_changes_nothing(
 
 
 def test_doctor_finds_what_somebody_has_changed_in_the_cluster(cluster: Cluster) -> None:
-    cluster.told(*SUBMIT)
+    cluster.submit()
     (cluster.folder / NAMESPACE / "networkpolicy" / "mine.json").unlink()
     job = cluster.object("job", "mine")
     job["spec"]["template"]["spec"]["tolerations"].append({"operator": "Exists"})
@@ -528,6 +548,19 @@ def test_without_kubectl_or_without_a_cluster_it_is_one_line(
     assert "no cluster answers" in ended.stderr
 
 
+def test_the_commands_of_the_manual_are_ours(cluster: Cluster) -> None:
+    manual = (ROOT / "k8s" / "README.md").read_text()
+    lines = manual.partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert len(lines) == 5, "from an image and a bucket to a run"
+    for line in lines[1:]:
+        words = shlex.split(line.replace("sha256:…", f"sha256:{'a' * 64}"))
+        assert words[:3] == ["python", "-m", "launch.k8s"]
+        if words[3] == "wait":
+            cluster.edit("job", "mine", status={"conditions": [COMPLETE]})
+        told = cluster.start(*words[3:], environ={"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
+        assert told.returncode == 0, told.stderr
+
+
 def test_render_prints_what_submit_would_send(cluster: Cluster) -> None:
     words = [
         "render",
@@ -580,7 +613,7 @@ def test_an_overlay_of_the_users_own_is_a_folder_and_keeps_the_rules(
 
 def test_the_stand_in_refuses_what_the_api_server_refuses(cluster: Cluster) -> None:
     """Else `scale` could patch one number, and `submit` overwrite a Job, without being noticed."""
-    cluster.told(*SUBMIT)
+    cluster.submit()
 
     def kubectl(*words: str, sent: str = "") -> str:
         done = subprocess.run(

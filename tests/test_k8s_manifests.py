@@ -158,6 +158,9 @@ def test_the_stores_arguments_are_parsed_by_its_parser() -> None:
     assert bound.arguments == {"port": int(flag_in(container["args"], "port"))}
 
 
+NUMBERS = {"FMNIST_DIST_DRAIN_SECONDS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+
+
 def read_by_torch(name: str) -> bool:
     """Whether torch, or what it compiles with, reads a variable of this name."""
     site = Path(torch.__file__).parent
@@ -169,6 +172,7 @@ def read_by_torch(name: str) -> bool:
 OTHERS = {  # whoever reads it
     "HOME": "the shell's, and os.path.expanduser: place.py",
     "XDG_CACHE_HOME": "data/cache.py",
+    "XDG_STATE_HOME": "checkpoint/place.py",
     "AWS_ROLE_ARN": "botocore",
     "AWS_WEB_IDENTITY_TOKEN_FILE": "botocore",
     "AWS_SHARED_CREDENTIALS_FILE": "botocore",
@@ -203,7 +207,7 @@ def test_what_others_read_is_read() -> None:
             files = Path(package.origin).parent.glob("*.py")
             # `config_file` entries are prefixed: AWS_ and the name in upper case.
             assert any(name in each.read_text() for each in files), name
-        elif where.endswith("cache.py"):
+        elif where.endswith(("cache.py", "/place.py")):
             assert name in (ROOT / "fmnist_dist" / where).read_text()
 
 
@@ -212,13 +216,21 @@ def test_every_variable_that_should_be_set_is_set(overlay: str) -> None:
     manifest = rendered(overlay)
     names = {*manifest.environment(), *(each["name"] for each in manifest.trainer["env"])}
     # What the read-only root needs, what bounds the drain, and what torch 2.14.1 needs.
-    wanted = {"HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    wanted = {
+        "HOME",
+        "XDG_CACHE_HOME",
+        "XDG_STATE_HOME",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+    }
     wanted |= {"FMNIST_DIST_DRAIN_SECONDS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", OWNER_VARIABLE}
     assert wanted | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE"} <= names
     mounts = [each["mountPath"] for each in manifest.trainer["volumeMounts"]]
-    for name in ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "FMNIST_DIST_LOCAL_TIER"):
+    for name in (wanted & manifest.environment().keys()) - NUMBERS | {"FMNIST_DIST_LOCAL_TIER"}:
         path = manifest.environment()[name]
-        assert any(path.startswith(f"{mount}/") for mount in mounts), f"{name} is not writable"
+        assert any(f"{path}/".startswith(f"{mount}/") for mount in mounts), (
+            f"{name} is not writable"
+        )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

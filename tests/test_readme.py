@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_every_command_of_the_readme_is_run_below() -> None:
         "pip install '.[k8s,s3]'",  # as `pip install .`, with packages of others
         *KUBERNETES,
     ]
+
+
+def test_the_extras_that_it_names_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {
+        each for found in re.findall(r"\[([a-z0-9,]+)\]'", README) for each in found.split(",")
+    }
+    assert named
+    assert named <= project["optional-dependencies"].keys()
 
 
 def test_local_sh_trains_tells_the_accuracy_and_how_to_go_on(tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def _failure(command: list[str], said: str) -> FmnistDistError:
             f"no cluster answers: {lines[-1] if lines else '?'}; kubectl has to reach one "
             "(KUBECONFIG, kubectl config use-context)"
         )
+    if "timed out waiting" in said:
+        return TransientError(f"kubectl {_what(command)}: {line}")
     if "AlreadyExists" in said:
         return FencedError(f"kubectl {_what(command)}: {line}")
     return UsageError(f"kubectl {_what(command)}: {line}")
