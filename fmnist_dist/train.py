@@ -4,10 +4,12 @@ The same command starts a run and goes on with it. What a user wrote is checked 
 imported, so that a wrong flag answers at once.
 """
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TextIO, cast
 
 from fmnist_dist import limits, settings
@@ -28,6 +30,7 @@ from fmnist_dist.handover.board import Board
 from fmnist_dist.settings import Launch
 from fmnist_dist.telemetry import events
 from fmnist_dist.telemetry.events import EventLog
+from fmnist_dist.telemetry.lastwords import VARIABLE, LastWords, leave
 from fmnist_dist.telemetry.ownline import OwnLine
 from fmnist_dist.telemetry.phases import Phases
 from fmnist_dist.telemetry.progress import is_terminal
@@ -60,6 +63,8 @@ def _run() -> int:
         launch = settings.load(sys.argv[1:], os.environ)
         faults = _faults(rank)
     except FmnistDistError as error:
+        if (words := _words_file()) is not None:
+            leave(words, str(error), exit_code=error.exit_code)
         if rank == 0:  # the same line from each rank would not help
             print(f"fmnist_dist.train: {error}", file=sys.stderr)
         else:
@@ -69,10 +74,17 @@ def _run() -> int:
     has_bar = log_format == "text" and is_terminal(sys.stderr)
     stream = cast("TextIO", OwnLine(sys.stderr)) if has_bar else sys.stderr
     events.configure(log_format=log_format, rank=rank, stream=stream)
+    if (words := _words_file()) is not None:
+        logging.getLogger().addHandler(LastWords(words))
     # Before torch and NumPy are imported: threads must not cross the keeper's fork.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's, at its import; it has nothing to multiply
     return _code_of(lambda: _keep(launch, faults, phases))
+
+
+def _words_file() -> Path | None:
+    name = os.environ.get(VARIABLE)
+    return Path(name) if name else None
 
 
 def _faults(rank: int) -> Faults:

@@ -1,6 +1,7 @@
 """torchrun's own flags, read by torchrun's own parser, and a few of the agent's."""
 
 import argparse
+import re
 import signal
 import uuid
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,8 @@ def _check(found: argparse.Namespace) -> None:
 
 def _choose_rendezvous(found: argparse.Namespace) -> None:
     """Do as `torchrun.run` does before it reads the rest: it has no function of its own for it."""
+    if re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", found.nnodes) is None:
+        raise UsageError(f"flag --nnodes: found {found.nnodes}, expected NUMBER or MIN:MAX")
     is_static = found.rdzv_backend == "static" and not found.rdzv_endpoint
     alone = is_static and found.master_port is None and found.nnodes.rpartition(":")[2] == "1"
     if found.standalone or alone:

@@ -37,7 +37,7 @@ class Connection:
         now = time.monotonic()
         if self.link is not None:
             if self.link.is_lost:
-                self.drop("the store of the rendezvous does not answer")
+                self.drop("it does not answer")
         elif self._opening is None:
             if now >= self._next_at:
                 self._opening = aside(lambda: Link(self._config), name="rendezvous")
@@ -52,7 +52,7 @@ class Connection:
         elif now > self._give_up_at:
             opening, self._opening = self._opening, None
             opening.add_done_callback(_abandon)
-            self._tell("the store of the rendezvous does not answer")
+            self._tell("it does not answer")
 
     def drop(self, why: str) -> None:
         """Leave the link behind; a new one is opened after a pause."""
@@ -67,7 +67,7 @@ class Connection:
 
     def _tell(self, why: str) -> None:
         if not self.why:
-            _events.warning("no store to meet in, it is tried again", why=why)
+            _events.warning("the rendezvous store is away, it is tried again", why=why)
         self.why = why
 
 

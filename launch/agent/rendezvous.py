@@ -96,6 +96,7 @@ class Link(RendezvousHandler):
         """Never touch the store again, whatever thread is still in there."""
         self._watch.stop()
         self._backend.is_abandoned = True
+        aside(self._handler._stop_heartbeats, name="heartbeats")  # noqa: SLF001 - it may hang, too
 
     def leave(self) -> "Future[None]":
         """Take this node off the round, so that the others need not wait until it counts as dead.

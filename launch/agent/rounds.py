@@ -50,6 +50,7 @@ class Rounds:
             crash_loop=arguments.crash_loop_budget, max_restarts=launch.max_restarts
         )
         self._meet_seconds = _MEETINGS * int(launch.rdzv_configs.get("join_timeout", 600))
+        self._nodes = f"{launch.min_nodes}:{launch.max_nodes}"
         self._connection = Connection(launch)
         self._workers: Workers | None = None  # of this round, or the last one
         self._number = 0  # of rounds whose workers were started
@@ -94,6 +95,7 @@ class Rounds:
             link = self._connection.link
             if workers is None or meeting is None or workers.link is not link:
                 if link is not None and time.monotonic() >= begin_at:
+                    _events.info("meeting the other agents", nodes=self._nodes)
                     workers = Workers(self._arguments, link)
                     meeting = aside(workers.meet, name="rendezvous")
             elif meeting.done():

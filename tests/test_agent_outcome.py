@@ -1,0 +1,253 @@
+"""What the agent makes of exit codes, and how it ends: each case as processes, none of torch's."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from agent import ALONE, agent_code
+from jobs import ROOT
+
+from fmnist_dist.errors import ExitCode
+from launch.agent import outcome
+from launch.agent.budget import SOUND_SECONDS, Budget
+from launch.agent.outcome import Ended, Ending, Next
+from launch.agent.postmortem import LIMIT_BYTES, PostMortem, termination_log_of
+
+WORKER = str(ROOT / "tests" / "agent_worker.py")
+
+
+def ended(*codes: int) -> list[Ended]:
+    return [Ended(rank=rank, status=code) for rank, code in enumerate(codes)]
+
+
+def run(folder: Path, *rounds: str, flags: tuple[str, ...] = ()) -> tuple[int, dict[str, object]]:
+    """Return exit code and post-mortem of an agent with a worker for each word of a round."""
+    size = len(rounds[0].split(","))
+    words = (*ALONE, f"--nproc-per-node={size}", *flags, WORKER, str(folder / "notes"), *rounds)
+    code = agent_code(folder, *words)
+    return code, json.loads((folder / "message").read_text())
+
+
+def num_rounds(folder: Path) -> int:
+    (notes,) = folder.glob("notes-0-*")
+    return notes.read_text().count("round")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [
+        *((f"{code}", code) for code in (0, 1, 42, *sorted(outcome.FINAL), 75)),
+        ("-9", 137),
+        ("-11", 139),
+        ("0,65", 65),
+        ("75,78", 78),  # the one that knows why
+        ("hang,64", 64),  # and not the one that was asked to stop because of it
+        ("hang,-9", 137),
+    ],
+)
+def test_the_exit_code_of_workers_is_the_agents_own(
+    rounds: str, expected: int, tmp_path: Path
+) -> None:
+    code, message = run(tmp_path, rounds)
+    text = (tmp_path / "agent.log").read_text()
+    assert code == message["exit_code"] == expected, text
+    assert num_rounds(tmp_path) == 1
+    assert text.count("exit_code=") == 1
+    if code:
+        rank = rounds.split(",").index(str(code if code < 128 else 128 - code))
+        assert message["worker"] == rank
+        assert message["reason"].startswith(f"worker {rank} ended with {code}")
+
+
+@pytest.mark.parametrize("code", sorted(outcome.FINAL))
+def test_a_code_that_would_repeat_itself_is_not_tried_again(code: int, tmp_path: Path) -> None:
+    assert run(tmp_path, f"{code}", "0", flags=("--max-restarts=9",))[0] == code
+    assert num_rounds(tmp_path) == 1
+
+
+@pytest.mark.parametrize("word", ["1", "75", "-9"])
+def test_what_may_pass_is_tried_again_as_often_as_torchrun_would(word: str, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    once.mkdir()
+    twice.mkdir()
+    assert run(once, word, "0", flags=("--max-restarts=1",))[0] == 0
+    assert num_rounds(once) == 2
+    expected = int(word) if int(word) > 0 else 128 - int(word)
+    assert run(twice, word, word, "0", flags=("--max-restarts=1",))[0] == expected
+    assert num_rounds(twice) == 2
+
+
+@pytest.mark.parametrize("code", [79, 143])
+def test_a_worker_that_lost_its_peers_or_was_drained_joins_again_free_of_charge(
+    code: int, tmp_path: Path
+) -> None:
+    code, _ = run(tmp_path, f"{code}", f"{code}", "0", flags=("--max-restarts=0",))
+    assert (code, num_rounds(tmp_path)) == (0, 3)
+
+
+@pytest.mark.parametrize("word", ["1", "79"])
+def test_rounds_without_progress_end_with_a_verdict(word: str, tmp_path: Path) -> None:
+    flags = ("--max-restarts=100", "--crash-loop-budget=2")
+    code, message = run(tmp_path, word, flags=flags)
+    assert code == ExitCode.NO_PROGRESS == 70
+    assert num_rounds(tmp_path) == 2
+    assert str(message["reason"]).startswith("2 rounds without a newer step")
+    assert message["fault"] == "the settings or the program"
+
+
+def test_the_last_words_of_a_worker_reach_the_post_mortem_without_its_secrets(
+    tmp_path: Path,
+) -> None:
+    code, message = run(tmp_path, "0,error")
+    assert (code, message["worker"]) == (75, 1)
+    assert message["error"] == "s3://***@bucket/run is away"
+    assert "secret" not in (tmp_path / "message").read_text()
+
+
+def test_last_words_about_another_end_are_not_told(tmp_path: Path) -> None:
+    """What was said before the worker was healed, or by its trainer, is not why it was killed."""
+    code, message = run(tmp_path, "0,-9")
+    assert (code, message["error"]) == (137, "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--nnodes=many", WORKER), "flag --nnodes: found many, expected NUMBER or MIN:MAX"),
+        (("--nproc-per-node=many", WORKER), "torchrun's flags: .*many"),
+        (("--nnodes=2", WORKER), "--rdzv-backend: found static, expected c10d"),
+        (("--metrics-port=70000", WORKER), "flag --metrics-port: found 70000, expected a port"),
+        (("--crash-loop-budget=0", WORKER), "flag --crash-loop-budget: found 0"),
+        (("--nproc-per-nodes=2", WORKER), "unrecognized arguments: --nproc-per-nodes=2"),
+        ((), "arguments are required: training_script"),
+        (("--rdzv-backend=etcd", "--rdzv-endpoint=a:1", WORKER), "--rdzv-backend: found etcd"),
+        (("--signals-to-handle=SIGNONE", WORKER), "there is no signal SIGNONE"),
+        (("--no-python", "/nowhere/program"), "the program cannot be started: .*/nowhere/program"),
+        (("-m", "fmnist_dist.train", "--run-dirr=x"), "did you mean --run-dir?"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_64(wrong: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    assert agent_code(tmp_path, *wrong) == ExitCode.USAGE == 64
+    lines = (tmp_path / "agent.log").read_text().splitlines()
+    assert re.search(said, lines[-1]), lines
+    assert lines[-1].endswith("exit_code=64")
+    assert json.loads((tmp_path / "message").read_text())["fault"] == "the command line"
+    assert sum("exit_code=" in line for line in lines) == 1
+
+
+def test_a_post_mortem_that_cannot_be_written_changes_no_exit_code(tmp_path: Path) -> None:
+    words = (f"--termination-log={tmp_path}", *ALONE, WORKER, str(tmp_path / "notes"), "65")
+    assert agent_code(tmp_path, *words) == 65
+    assert "the post-mortem cannot be written" in (tmp_path / "agent.log").read_text()
+
+
+# The arithmetic that processes show too seldom.
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([75, 143, 78], 78),
+        ([79, 1, 143], 1),
+        ([143, 79], 79),
+        ([79, 75], 75),
+        ([-9, 1], 137),  # the first of equals
+        ([1, -9], 1),
+        ([0, 143], 143),
+        ([143, 130], 143),
+        ([0, 0], 0),
+    ],
+)
+def test_the_most_telling_end_of_several(codes: list[int], expected: int) -> None:
+    assert outcome.most_telling(ended(*codes)).code == expected
+
+
+def test_a_worker_fenced_while_the_agent_was_out_of_touch_gets_another_look() -> None:
+    assert outcome.judge(ended(76)) is Next.FINAL
+    assert outcome.judge(ended(76, 143), in_doubt=True) is Next.REJOIN
+    assert outcome.judge(ended(78, 76), in_doubt=True) is Next.FINAL
+    assert outcome.after_notice(ended(76)) == 76
+    assert outcome.after_notice(ended(76), in_doubt=True) == 143
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([143, 143], 143),
+        ([0, 0], 0),
+        ([0, 143], 143),
+        ([79, 143], 143),
+        ([-15], 143),
+        ([143, 75], 75),
+        ([143, -9], 137),
+        ([78, 143], 78),
+        ([130, 130], 130),
+    ],
+)
+def test_after_a_notice_143_means_that_all_is_saved(codes: list[int], expected: int) -> None:
+    assert outcome.after_notice(ended(*codes)) == expected
+
+
+def test_every_code_names_a_fault() -> None:
+    assert {outcome.fault(code) for code in ExitCode} <= set(outcome._FAULT.values())
+    assert outcome._FAULT.keys() == set(ExitCode)
+    assert "memory" in outcome.fault(137)
+    assert outcome.fault(139) == "a crash"
+
+
+def test_progress_resets_the_budget_and_its_lack_exhausts_it() -> None:
+    budget = Budget(crash_loop=3, max_restarts=9, best=10)
+    for step in (10, 10, 11, 11, 11):
+        budget.round_ended(step, seconds=1e9)
+        assert not budget.is_crash_loop
+    assert budget.pause_seconds() > 0
+    budget.round_ended(5, seconds=1e9)
+    assert budget.is_crash_loop
+
+
+def test_where_progress_is_not_known_time_counts() -> None:
+    budget = Budget(crash_loop=2, max_restarts=9)
+    for seconds in (1.0, SOUND_SECONDS, 1.0):
+        budget.round_ended(None, seconds=seconds)
+        assert not budget.is_crash_loop
+    budget.round_ended(None, seconds=SOUND_SECONDS - 1)
+    assert budget.is_crash_loop
+
+
+def test_pauses_grow_with_rounds_in_vain_and_are_bounded() -> None:
+    budget = Budget(crash_loop=99, max_restarts=99, best=0)
+    assert budget.pause_seconds() == 0
+    for number in range(1, 20):
+        budget.round_ended(0, seconds=0)
+        full = min(30.0, 2.0**number / 2)
+        assert full / 2 <= budget.pause_seconds() <= full
+
+
+@pytest.mark.parametrize("line", ["x" * 9000, '"\\\n' * 3000, "\N{SNOWMAN}" * 5000, "short"])
+def test_a_post_mortem_fits_and_is_json_whatever_was_said(line: str) -> None:
+    worker = Ended(rank=3, status=75, line=line)
+    text = PostMortem.of(Ending(code=75, reason="r" * 20, worker=worker), None).text()
+    assert len(text.encode()) <= LIMIT_BYTES
+    told = json.loads(text)
+    assert (told["worker"], told["exit_code"], told["reason"]) == (3, 75, "r" * 20)
+    assert told["error"] == line or (told["error"].endswith("...") and len(text) > LIMIT_BYTES / 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "expected"),
+    [
+        (["--termination-log=/a", "-m", "x"], {}, "/a"),
+        (["--nnodes", "2", "--termination-log", "/a"], {"PET_TERMINATION_LOG": "/b"}, "/a"),
+        (["-m", "x", "--termination-log=/a"], {"PET_TERMINATION_LOG": "/b"}, "/b"),
+        (["-m", "x", "--termination-log=/a"], {}, None),
+        (["--termination-log"], {}, None),
+    ],
+)
+def test_the_post_mortems_place_is_known_before_torch_is(
+    argv: list[str], environ: dict[str, str], expected: str | None
+) -> None:
+    found = termination_log_of(argv, environ)
+    assert found == (Path(expected) if expected else None)
+    assert os.environ.get("PET_TERMINATION_LOG") is None
