@@ -111,7 +111,7 @@ class Engine:
         (root / "etc" / "dpkg" / "dpkg.cfg.d" / "unsafe-io").write_text("force-unsafe-io\n")
         packed = workshop / "base.tar"
         _run(["tar", "--create", f"--file={packed}", f"--directory={root}", "."])
-        self.podman("import", "--change=CMD [\"bash\"]", str(packed), BASE_IMAGE)
+        self.podman("import", '--change=CMD ["bash"]', str(packed), BASE_IMAGE)
         shutil.rmtree(root)
         packed.unlink()
 
