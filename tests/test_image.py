@@ -32,7 +32,7 @@ RUN = "s3://runs/compose"
 KILLED = 137
 NODES = ("node-1", "node-2", "node-3")
 SHORT_STEPS = 6  # of `trained_run`
-STEPS = 150
+STEPS = 60
 
 # What a process of a node may do, seen from inside.
 CONFINEMENT = """
@@ -48,10 +48,10 @@ def files(*folders):
     return [str(path) for each in folders for path in pathlib.Path(each).rglob("*")]
 print(json.dumps({
     "ids": [os.getuid(), os.getgid(), *os.getgroups()],
-    "rights": [int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")],
+    "rights": [int(status["Cap" + each], 16) for each in ("Inh", "Prm", "Eff", "Bnd", "Amb")],
     "no_new_rights": status["NoNewPrivs"].strip(),
-    "writable": [f for f in ("/", "/app", "/etc", "/home", "/opt", "/opt/venv", "/root", "/usr", "/var",
-        "/tmp", "/scratch", "/dev/shm") if writable(f)],
+    "writable": [f for f in ("/", "/app", "/etc", "/home", "/opt", "/opt/venv", "/root", "/usr",
+        "/var", "/tmp", "/scratch", "/dev/shm") if writable(f)],
     "elsewhere": files("/var/tmp", "/run/lock"),  # podman mounts these writable beside ours
     "first": open("/proc/1/cmdline").read().split(chr(0))[:5],
     "cache": files("/scratch/cache") != [],
@@ -123,14 +123,15 @@ def await_training(compose: Composed, *, world: int, after: int = -1) -> int:
     return step
 
 
-def flags(steps: int, *, slow: float) -> dict[str, str]:
-    """Return the environment of a run that takes so many seconds for each of its steps."""
+def flags(steps: int, *, slow: float = 0.0) -> dict[str, str]:
+    """Return the environment of a run whose every step takes so many seconds more."""
+    faults = {"FMNIST_DIST_FAULTS": f"update:slow={slow}"} if slow else {}
     return {
         "FMNIST_DIST_BATCH_SIZE": "64",
         "FMNIST_DIST_MAX_STEPS": str(steps),
         "FMNIST_DIST_SAVE_EVERY_STEPS": "1",
         "FMNIST_DIST_DEVICE": "cpu",
-        "FMNIST_DIST_FAULTS": f"update:slow={slow}",
+        **faults,
     }
 
 
@@ -196,9 +197,130 @@ def test_of_three_nodes_one_is_stopped_one_is_killed_and_one_ends_with_the_same_
     confined(compose, "node-1")
     assert compose.await_exit("node-1") == ExitCode.FINISHED, compose.logs()
 
-    story, calm = show(RUN), show(trained_run)
-    assert story["checkpoints"][-1]["step"] == calm["checkpoints"][-1]["step"] == SHORT_STEPS
-    sums = {each["checkpoints"][-1]["model_sha256"] for each in (story, calm)}
-    assert len(sums) == 1
+    story = show(RUN)
+    assert bits(story) == bits(show(trained_run))
+    assert bits(story)[0] == SHORT_STEPS
+    assert [each["lost_steps"] for each in story["attempts"]] == [0] * len(story["attempts"])
     assert (story["attempts"][0]["world_size"], story["attempts"][-1]["world_size"]) == (3, 1)
     assert post_mortem(compose, "node-3")["exit_code"] == ExitCode.DRAINED
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_three_nodes_are_stopped_killed_cut_off_and_come_back_and_end_with_the_same_bits(
+    full_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = full_engine
+    engine.build("Dockerfile", "fmnist-dist:local")
+    engine.build("s3.Dockerfile", "fmnist-dist-s3:local")
+    node = {"restart": "no", "environment": flags(STEPS, slow=1.0)}
+    name = f"full{os.getpid()}"
+    compose = Composed(engine, name, {"services": dict.fromkeys(NODES, node)})
+    compose.up()
+    reach(compose, monkeypatch)
+    await_training(compose, world=3)
+    for each in NODES:
+        confined(compose, each)
+    assert "fmnist_dist_world_size 3.0" in scraped(compose, "node-1")
+
+    with compose.stop("node-3") as stopping:
+        stopping.wait(90)
+    assert compose.await_exit("node-3") == ExitCode.DRAINED, compose.logs()
+    assert post_mortem(compose, "node-3")["exit_code"] == ExitCode.DRAINED
+    step = await_training(compose, world=2)
+    compose.start("node-3")
+    step = await_training(compose, world=3, after=step)
+
+    compose.kill("node-2")
+    assert compose.await_exit("node-2") == KILLED
+    step = await_training(compose, world=2, after=step)
+    compose.start("node-2")
+    step = await_training(compose, world=3, after=step)
+
+    compose.cut("node-3")
+    assert compose.address("node-3") == ""
+    assert compose.python("node-3", "import os; print(len(os.listdir('/sys/class/net')))") == 1
+    step = await_training(compose, world=2, after=step)
+    assert compose.is_running("node-3")
+    compose.mend("node-3")
+    assert compose.address("node-3")
+    await_training(compose, world=3, after=step)
+
+    assert [compose.await_exit(each) for each in NODES] == [ExitCode.FINISHED] * 3, compose.logs()
+    story = show(RUN)
+    worlds = [each["world_size"] for each in story["attempts"]]
+    assert without_repeats(worlds) == [3, 2, 3, 2, 3, 2, 3], story["attempts"]
+    lost = [each["lost_steps"] for each in story["attempts"]]
+    assert lost == [0] * len(lost)
+    assert ledger(RUN).returncode == 0
+
+    calm = f"{RUN}-calm"
+    assert run_alone(compose, calm) == ExitCode.FINISHED
+    assert bits(show(calm)) == bits(story)
+
+
+@pytest.mark.slow
+def test_the_image_says_whose_fault_it_is(engine: Engine, tmp_path: Path) -> None:
+    """Bad input, a signal before any other node has come, folders that nobody may write to."""
+    engine.build("Dockerfile", "fmnist-dist:runtime", target="runtime")
+    packages = sysconfig.get_path("purelib")
+    command = ["run", "--rm", "--read-only", "--network=none", "--tmpfs=/tmp"]
+    command += [f"--volume={packages}:/opt/torch/lib/python3.11/site-packages:ro"]
+    command += [f"--volume={ROOT / each}:/app/{each}:ro" for each in ("fmnist_dist", "launch")]
+    image, train = "localhost/fmnist-dist:runtime", ["-m", "fmnist_dist.train"]
+
+    helped = engine.try_podman(*command, image)
+    assert helped.returncode == 0
+    assert "--crash-loop-budget" in helped.stdout
+
+    wrong = engine.try_podman(*command, image, "--standalone", *train, "--learning-rate=1")
+    assert wrong.returncode == ExitCode.USAGE
+    assert "--learning-rate" in wrong.stderr
+
+    # Without a volume at /scratch there is nowhere for a run but /tmp.
+    private = engine.try_podman(*command, image, "--standalone", *train, "--run-dir=/scratch/run")
+    assert private.returncode == ExitCode.INCOMPATIBLE, private.stderr
+
+    waiting = f"waiting{os.getpid()}"
+    lonely = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29500"]
+    engine.podman(
+        *command[:1], "--detach", f"--name={waiting}", *command[2:], image, *lonely, *train
+    )
+    wait_for(lambda: listening(engine, waiting), "the rendezvous")
+    engine.podman("stop", "--time=60", waiting)
+    assert engine.podman("wait", waiting) == str(int(ExitCode.DRAINED))
+
+
+def listening(engine: Engine, container: str) -> bool:
+    """Whether something listens on the port of the rendezvous, 29500, in a container."""
+    tables = engine.try_podman("exec", container, "cat", "/proc/net/tcp", "/proc/net/tcp6").stdout
+    return any(":733C" in line and " 0A " in line for line in tables.splitlines())
+
+
+def scraped(compose: Composed, service: str) -> str:
+    """Return what Prometheus would get from a node."""
+    with urllib.request.urlopen(
+        f"http://{compose.address(service)}:9400/metrics", timeout=10
+    ) as it:
+        return it.read().decode()
+
+
+def run_alone(compose: Composed, run: str) -> int:
+    """Train undisturbed, in one container of the same image; return its exit code."""
+    names = ("ENDPOINT_URL", "REGION", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+    words = [f"--env=AWS_{each}={os.environ[f'AWS_{each}']}" for each in names]
+    words += [f"--env={name}={text}" for name, text in flags(STEPS).items()]
+    words += [f"--network={compose.network}", "--tmpfs=/scratch", "--read-only"]
+    agent = ["--standalone", "--nproc-per-node=1", "-m", "fmnist_dist.train", f"--run-dir={run}"]
+    done = compose.engine.try_podman("run", "--rm", *words, "localhost/fmnist-dist:local", *agent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.returncode
+
+
+def bits(story: dict[str, Any]) -> tuple[int, str]:
+    newest = story["checkpoints"][-1]
+    return newest["step"], newest["model_sha256"]
+
+
+def without_repeats(items: list[int]) -> list[int]:
+    return [each for each, before in zip(items, [None, *items], strict=False) if each != before]
