@@ -13,6 +13,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 import seaweed
 from containers import Composed, Engine, missing
 from dockerfiles import stages
-from jobs import ROOT, show, wait_for
+from jobs import ROOT, ledger, show, wait_for
 
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place

@@ -89,7 +89,8 @@ class JobController:
 
     @property
     def spec(self) -> dict[str, Any]:
-        return self.job["spec"]
+        spec: dict[str, Any] = self.job["spec"]
+        return spec
 
     def sync(self, now: float) -> None:
         """`syncJob` of job_controller.go."""
@@ -131,12 +132,12 @@ class JobController:
                 pod.ended, pod.ended_at = ended, now
 
     def _is_valid(self, pod: Pod) -> bool:
-        return pod.index < self.spec["completions"]
+        return bool(pod.index < self.spec["completions"])
 
     def match(self, ended: Ended) -> tuple[bool, str | None, int]:
         """`matchPodFailurePolicy` of pod_failure_policy.go: is it counted, by which rule.
 
-        getMatchingContainerFromList never matches exit code 0; matchOnPodConditions wants type and
+        `getMatchingContainerFromList` never matches exit code 0; `matchOnPodConditions` wants type and
         status to be equal.
         """
         names = [each["name"] for each in self.spec["template"]["spec"]["containers"]]
@@ -246,10 +247,10 @@ class JobController:
     def _backoff(former: Pod) -> float:
         """`getRemainingTimePerIndex` of backoff_utils.go: ignored failures are among them."""
         times = former.failures + former.ignored + 1
-        return min(FIRST_BACKOFF_SECONDS * 2 ** (times - 1), LONGEST_BACKOFF_SECONDS)
+        return min(FIRST_BACKOFF_SECONDS * 2.0 ** (times - 1), LONGEST_BACKOFF_SECONDS)
 
     def _create(self, index: int, former: Pod | None) -> None:
-        """CreatePodsWithGenerateName, and getNewIndexFailureCounts of indexed_job_utils.go."""
+        """`CreatePodsWithGenerateName`, and `getNewIndexFailureCounts` of indexed_job_utils.go."""
         self.created += 1
         pod = Pod(f"{self.job['metadata']['name']}-{index}-{self.created}", index)
         if former is not None and former.ended is not None:

@@ -215,7 +215,7 @@ class LocalPods:
         }
         if (label := _FIELD.fullmatch(path)) is not None:
             return str(labels[label["label"]])
-        fields = {
+        fields: dict[str, str] = {
             "status.podIP": str(_FIRST_ADDRESS + pod.index),
             "metadata.namespace": metadata.get("namespace", "default"),
             "metadata.name": pod.name,
