@@ -137,8 +137,8 @@ class JobController:
     def match(self, ended: Ended) -> tuple[bool, str | None, int]:
         """`matchPodFailurePolicy` of pod_failure_policy.go: is it counted, by which rule.
 
-        `getMatchingContainerFromList` never matches exit code 0; `matchOnPodConditions` wants type and
-        status to be equal.
+        `getMatchingContainerFromList` never matches exit code 0; `matchOnPodConditions` wants both
+        type and status to be equal.
         """
         names = [each["name"] for each in self.spec["template"]["spec"]["containers"]]
         for number, rule in enumerate(self.spec.get("podFailurePolicy", {}).get("rules", ())):
