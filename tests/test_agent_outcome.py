@@ -61,7 +61,7 @@ def test_the_exit_code_of_workers_is_the_agents_own(
         assert message["reason"].startswith(f"worker {rank} ended with {code}")
 
 
-@pytest.mark.parametrize("code", sorted(outcome.FINAL))
+@pytest.mark.parametrize("code", [64, 76])
 def test_a_code_that_would_repeat_itself_is_not_tried_again(code: int, tmp_path: Path) -> None:
     assert run(tmp_path, f"{code}", "0", flags=("--max-restarts=9",))[0] == code
     assert num_rounds(tmp_path) == 1

@@ -27,6 +27,7 @@ class Connection:
 
     def __init__(self, config: LaunchConfig) -> None:
         self._config = config
+        _events.info("opening the rendezvous store", endpoint=config.rdzv_endpoint)
         self._opening: Future[Link] | None = None
         self._next_at = self._give_up_at = 0.0
         self.link: Link | None = None
