@@ -8,10 +8,12 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 
 import pytest
 from program import called, nodes, sources
 
+import launch.agent.limits
 from fmnist_dist import limits
 
 # Reviewed: waits without a limit of their own, and what ends them.
@@ -39,6 +41,11 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     ),
     # A thread that waits for work.
     "fmnist_dist/saver.py::Saver._run": (1, "the word to end, and the end of its process"),
+    # The agent's threads, which it asks for nothing before they are done.
+    "launch/agent/connection.py::Connection.look": (1, "it is done"),
+    "launch/agent/connection.py::_abandon": (1, "it is done: its own callback"),
+    "launch/agent/progress.py::Progress.look": (1, "it is done"),
+    "launch/agent/orphans.py::reap": (1, "WNOHANG"),
     # Pipes that do not block.
     "fmnist_dist/keeper/keep.py::Keeper._hear": (1, "the pipe is O_NONBLOCK"),
     "fmnist_dist/distributed/stop.py::StopRequest.read": (1, "the pipe is O_NONBLOCK"),
@@ -72,6 +79,7 @@ NUMBERS = {
     "fmnist_dist/keeper/watchdog.py": "the watchdog's table",
     "fmnist_dist/limits.py": "the place",
     "fmnist_dist/faults.py": "a fault hangs on purpose",
+    "launch/agent/limits.py": "the agent's place",
     "launch/k8s/doctor.py": "how late a pod must be to be told of",
     "launch/k8s/kubectl.py": "of one call of kubectl, here and not in a pod",
     "launch/k8s/status.py": "between two looks at a Job",
@@ -182,11 +190,14 @@ def test_the_states_lock_is_held_for_work_in_memory_only() -> None:
     assert not {name for name in names if name.startswith(("dist.", "open", "time.", "os."))}
 
 
-def test_every_limit_is_used() -> None:
-    texts = sources()
-    own = {name for name in vars(limits) if name.isupper()}
-    assert len(own) > 20
-    used = set(re.findall(r"\blimits\.([A-Z_]+)", "".join(texts.values())))
+@pytest.mark.parametrize(
+    ("module", "folder"), [(limits, "fmnist_dist/"), (launch.agent.limits, "launch/agent/")]
+)
+def test_every_limit_is_used(module: ModuleType, folder: str) -> None:
+    texts = [text for path, text in sources().items() if path.startswith(folder)]
+    own = {name for name in vars(module) if name.isupper()}
+    assert len(own) > 10
+    used = set(re.findall(r"\blimits\.([A-Z_]+)", "".join(texts)))
     assert used == own
 
 
