@@ -42,7 +42,9 @@ READERS = {
     "XDG_CACHE_HOME": "fmnist_dist.data.cache",
     "XDG_STATE_HOME": "fmnist_dist.checkpoint.place",
 }
-OTHERS = {"HOME", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "CUDA_CACHE_PATH"}
+# Python, the system and NVIDIA's driver and container toolkit read these.
+OTHERS = {"HOME", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
+OTHERS |= {"CUDA_CACHE_PATH", "NVIDIA_DRIVER_CAPABILITIES"}
 
 
 def chain(found: list[Stage]) -> list[Stage]:

@@ -1,10 +1,11 @@
 """The image and the compose file, run: three nodes in containers, of which some are lost.
 
-The short version builds the Dockerfile's first stage, the system with Python, user and entry point,
-and binds into it what the later stages would copy there: this environment's packages, this tree's
-code, and SeaweedFS. So it does not show that pip finds the pinned packages, that they suffice
-without those of the tests, that the compiled code is what runs, or that the S3 image works. The
-slow version builds both images in full and binds nothing.
+The short version builds the Dockerfile up to `runtime`, the system with Python, user and entry
+point, and binds into it what the later stages would copy there: this environment's packages, this
+tree's code, and SeaweedFS. So it does not show that pip finds the pinned packages, that they
+suffice without those of the tests, that the compiled code is what runs, that the S3 image works,
+or that a node which was cut off comes back. The slow version builds both images in full, binds
+nothing, and does all of it.
 """
 
 import json
