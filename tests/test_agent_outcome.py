@@ -67,7 +67,7 @@ def test_a_code_that_would_repeat_itself_is_not_tried_again(code: int, tmp_path:
     assert num_rounds(tmp_path) == 1
 
 
-@pytest.mark.parametrize("word", ["1", "75", "-9"])
+@pytest.mark.parametrize("word", ["1", pytest.param("75", marks=pytest.mark.slow), "-9"])
 def test_what_may_pass_is_tried_again_as_often_as_torchrun_would(word: str, tmp_path: Path) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
     once.mkdir()
@@ -79,7 +79,7 @@ def test_what_may_pass_is_tried_again_as_often_as_torchrun_would(word: str, tmp_
     assert num_rounds(twice) == 2
 
 
-@pytest.mark.parametrize("code", [79, 143])
+@pytest.mark.parametrize("code", [79, pytest.param(143, marks=pytest.mark.slow)])
 def test_a_worker_that_lost_its_peers_or_was_drained_joins_again_free_of_charge(
     code: int, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from run_files import assert_sound, checkpoints
 
 from fmnist_dist.errors import ExitCode
 
-STEPS = 60
+STEPS = 40
 WORKER = str(ROOT / "tests" / "agent_worker.py")
 SMALL = ("-m", "train_small", *FLAGS, f"--max-steps={STEPS}")
 SOON = 5.0  # seconds in which an agent without workers ends
@@ -183,6 +183,7 @@ def test_the_real_command_finishes_is_refused_and_tells_its_progress(tmp_path: P
     assert message["error"] in agent.text()
 
 
+@pytest.mark.slow
 def test_a_launch_that_another_one_has_superseded_ends_with_76(tmp_path: Path) -> None:
     run = tmp_path / "run"
     saves = "--save-every-steps=1"  # it finds out when it commits
@@ -222,6 +223,7 @@ def worlds(run: Path) -> list[int]:
     return [each["world_size"] for each in show(run)["attempts"]] if run.exists() else []
 
 
+@pytest.mark.slow
 def test_a_node_leaves_with_notice_and_the_other_one_goes_on_at_once(
     undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
