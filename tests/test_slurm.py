@@ -2,13 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from jobs import wait_for
+from jobs import reached, show, wait_for
 
 from fmnist_dist.errors import ExitCode
+from launch.agent.arguments import parse
+from launch.launched import children
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
@@ -107,6 +111,11 @@ def test_each_node_gets_an_agent_and_each_time_a_rendezvous_of_its_own(slurm: Sl
     assert agent[-len(given) - 2 :] == ["-m", "fmnist_dist.train", *given]
     assert {"--nnodes=1:2", "--nproc-per-node=4", "--rdzv-id=42-3"} < set(agent)
     assert "--rdzv-endpoint=node3:29500" in agent
+    parsed = parse(agent, {})
+    assert (parsed.launch.min_nodes, parsed.launch.max_nodes) == (1, 2)
+    assert parsed.launch.nproc_per_node == 4
+    assert parsed.config is not None
+    assert parsed.config.run_dir == "/shared/my runs"
 
 
 def test_a_signal_to_the_script_does_not_end_it_before_its_agents(slurm: Slurm) -> None:
@@ -130,3 +139,30 @@ def test_without_an_environment_it_says_what_to_do(slurm: Slurm) -> None:
         "slurm.sbatch: /nowhere/python is no program: submit from the checkout after "
         "launch/local.sh, or set PYTHON\n"
     )
+
+
+def test_a_run_goes_on_where_its_job_was_preempted(slurm: Slurm, tmp_path: Path) -> None:
+    """One node, and real agents and workers: `srun` runs what it is given."""
+    (slurm.folder / "srun").write_text('#!/bin/bash\nexec "${@:3}"\n')
+    (slurm.folder / "scontrol").write_text(SCONTROL.replace("node3\\nnode7", "127.0.0.1"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = tmp_path / "run"
+    flags = [f"--run-dir={run}", "--batch-size=64", "--device=cpu", "--eval-every-epochs=99"]
+    environment = {"PYTHON": sys.executable, "SLURM_JOB_NUM_NODES": "1"}
+    environment |= {"RENDEZVOUS_PORT": str(port), "PYTHONPATH": str(ROOT)}
+
+    with slurm.start(*flags, "--max-steps=1000000", **environment) as process:
+        wait_for(lambda: reached(run)[1] > 3, "some steps")
+        (agent,) = children(process.pid)
+        os.kill(agent, signal.SIGTERM)
+        assert process.wait(60) == ExitCode.DRAINED
+    assert slurm.is_requeued
+
+    end = reached(run)[1] + 5
+    code, errors = slurm.run(*flags, f"--max-steps={end}", SLURM_RESTART_COUNT="1", **environment)
+    assert code == 0, errors
+    story = show(run)
+    assert (story["status"], story["step"]) == ("finished", end)
+    assert [each["lost_steps"] for each in story["attempts"]] == [0, 0]
