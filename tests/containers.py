@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sysconfig
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -121,7 +122,10 @@ class Engine:
         command += [f"--file={ROOT / 'docker' / dockerfile}", f"--tag={tag}"]
         command += [f"--target={target}"] if target else []
         command += [f"--volume={_TRUSTED}:{_TRUSTED}:ro"] if _TRUSTED.is_dir() else []
+        began = time.monotonic()
         _run([*command, str(ROOT)], environ=self.environ, seconds=_BUILD_SECONDS)
+        print(f"{tag}: built in {time.monotonic() - began:.0f} s")
+        print(self.podman("history", tag, "--format={{.Size}} {{.CreatedBy}}"))
 
 
 class Composed:
