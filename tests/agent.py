@@ -111,15 +111,15 @@ class Agent:
         return json.loads(self.message.read_text())
 
 
-def children_of(parent: int) -> list[int]:
-    """Return the living children of a process."""
+def children_of(parent: int, *, dead: bool = False) -> list[int]:
+    """Return the living children of a process, and those that nobody has buried if asked to."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[1]) == parent and fields[0] != "Z":
+        if int(fields[1]) == parent and (dead or fields[0] != "Z"):
             found.append(int(path.parent.name))
     return sorted(found)
 

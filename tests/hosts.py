@@ -199,9 +199,11 @@ class Launch:
         *flags: str,
         limits: str = SHORT_LIMITS,
         rendezvous: str = SHORT_RENDEZVOUS,
+        launcher: str = "torch.distributed.run",
         **environ: str,
     ) -> None:
         self.network = network
+        self._launcher = launcher
         self.run = run
         self._flags = flags
         self._rendezvous = rendezvous
@@ -216,13 +218,18 @@ class Launch:
             **environ,
         }
         self.brake.touch()
+        self.serve()
+
+    def serve(self) -> None:
+        """Start the store of the rendezvous, and see it serve: an empty one each time."""
+        before = self.store.text().count("serving")
         serve = [sys.executable, "-c", _SERVE, str(_PORT)]
-        self.store.start(serve, log=run.parent / "store.log", environ=self._environ)
-        wait_for(lambda: "serving" in self.store.text(), "the store of the rendezvous")
+        self.store.start(serve, log=self.run.parent / "store.log", environ=self._environ)
+        wait_for(lambda: self.store.text().count("serving") > before, "the store")
 
     def start(self, host: Host, *, before: str = "") -> "subprocess.Popen[bytes]":
         """Start an agent with one worker on a host; `before` is what its shell does first."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:4"]
+        command = [sys.executable, "-m", self._launcher, "--nnodes=1:4"]
         command += ["--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-id={self.run.name}"]
         command += [
             f"--rdzv-endpoint={_STORE}:{_PORT}",

@@ -100,6 +100,11 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/distributed/process.py::open_sockets": (1, "closed meanwhile: not open"),
     "fmnist_dist/keeper/keep.py::_is_stopped": (1, "it has ended, which waitpid tells"),
     "fmnist_dist/lookout.py::Lookout._run": (1, "a pipe that closing has closed; else it raises"),
+    "launch/agent/orphans.py::reap": (1, "there is no child to bury"),
+    "launch/agent/workers.py::Workers.signal": (1, "ended meanwhile: `ended` sees how"),
+    "launch/agent/workers.py::_last_words": (1, "the answer: it has said nothing about its end"),
+    "launch/agent/progress.py::Progress.look": (1, "told the first time; what was known stays"),
+    "fmnist_dist/telemetry/lastwords.py::LastWords.emit": (1, "`handleError` prints it"),
     "launch/launched.py::kill": (1, "the answer: nobody was there"),
     "launch/launched.py::state": (1, "the answer: no process"),
     "launch/launched.py::_children": (1, "ended while it was looked at"),
@@ -118,6 +123,8 @@ SILENT: dict[str, tuple[int, str]] = {
 
 # Where `except Exception` or more may stand without raising on: where a process or a thread begins.
 ENTRIES = {
+    "launch/agent/aside.py::aside.act": "a thread: raised on by its future",
+    "launch/agent/life.py::live": "a process: traceback printed, exit code 1",
     "fmnist_dist/train.py::_code_of": "a process: logged with its traceback, exit code 1",
     "fmnist_dist/checkpoint/besteffort.py::BestEffort.do.act": "a thread: raised on, or told",
     "fmnist_dist/keeper/fork.py::fork": "a forked process: traceback printed, exit code 1",

@@ -8,10 +8,12 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 
 import pytest
 from program import called, nodes, sources
 
+import launch.agent.limits
 from fmnist_dist import limits
 
 # Reviewed: waits without a limit of their own, and what ends them.
@@ -35,6 +37,11 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     "fmnist_dist/distributed/roster.py::_serve_store": (3, "its whole work, till its keeper's end"),
     # A thread that waits for work.
     "fmnist_dist/saver.py::Saver._run": (1, "the word to end, and the end of its process"),
+    # The agent's threads, which it asks for nothing before they are done.
+    "launch/agent/connection.py::Connection.look": (1, "it is done"),
+    "launch/agent/connection.py::_abandon": (1, "it is done: its own callback"),
+    "launch/agent/progress.py::Progress.look": (1, "it is done"),
+    "launch/agent/orphans.py::reap": (1, "WNOHANG"),
     # Pipes that do not block.
     "fmnist_dist/keeper/keep.py::Keeper._hear": (1, "the pipe is O_NONBLOCK"),
     "fmnist_dist/distributed/stop.py::StopRequest.read": (1, "the pipe is O_NONBLOCK"),
@@ -68,6 +75,7 @@ NUMBERS = {
     "fmnist_dist/keeper/watchdog.py": "the watchdog's table",
     "fmnist_dist/limits.py": "the place",
     "fmnist_dist/faults.py": "a fault hangs on purpose",
+    "launch/agent/limits.py": "the agent's place",
     "launch/launched.py": "the drill's own, which are not the program's",
     "launch/drill.py": "the drill's schedule of faults",
 }
@@ -175,11 +183,14 @@ def test_the_states_lock_is_held_for_work_in_memory_only() -> None:
     assert not {name for name in names if name.startswith(("dist.", "open", "time.", "os."))}
 
 
-def test_every_limit_is_used() -> None:
-    texts = sources()
-    own = {name for name in vars(limits) if name.isupper()}
-    assert len(own) > 20
-    used = set(re.findall(r"\blimits\.([A-Z_]+)", "".join(texts.values())))
+@pytest.mark.parametrize(
+    ("module", "folder"), [(limits, "fmnist_dist/"), (launch.agent.limits, "launch/agent/")]
+)
+def test_every_limit_is_used(module: ModuleType, folder: str) -> None:
+    texts = [text for path, text in sources().items() if path.startswith(folder)]
+    own = {name for name in vars(module) if name.isupper()}
+    assert len(own) > 10
+    used = set(re.findall(r"\blimits\.([A-Z_]+)", "".join(texts)))
     assert used == own
 
 

@@ -3,8 +3,7 @@
 import random
 from dataclasses import dataclass
 
-_LONGEST_PAUSE_SECONDS = 30.0
-SOUND_SECONDS = 300.0  # where progress is not known, a round that lasted so long counts as one
+from launch.agent import limits
 
 
 @dataclass(kw_only=True)
@@ -19,7 +18,7 @@ class Budget:
 
     def round_ended(self, step: int | None, *, seconds: float) -> None:
         """Count a round that did not finish the run; `step` is the newest one, None: not known."""
-        is_sound = seconds >= SOUND_SECONDS
+        is_sound = seconds >= limits.SOUND_SECONDS
         if step is not None:
             is_sound = self.best is None or step > self.best
             self.best = step if self.best is None else max(step, self.best)
@@ -38,4 +37,4 @@ class Budget:
         """Return how long to wait before the next round: longer, the more were in vain."""
         if self.in_vain == 0:
             return 0.0
-        return min(_LONGEST_PAUSE_SECONDS, 2.0**self.in_vain / 2) * random.uniform(0.5, 1.0)
+        return min(limits.LONGEST_PAUSE_SECONDS, 2.0**self.in_vain / 2) * random.uniform(0.5, 1.0)

@@ -13,11 +13,9 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig
 
 from fmnist_dist.telemetry.events import EventLog
+from launch.agent import limits
 from launch.agent.aside import aside
 from launch.agent.rendezvous import Link
-
-OPEN_SECONDS = 120.0  # to open a link: torch's own limit to connect is 60, and it may hang after
-PAUSE_SECONDS = 2.0  # before it is tried again, at most; agents do not all come at once
 
 _events = EventLog("launch.agent")
 
@@ -27,6 +25,7 @@ class Connection:
 
     def __init__(self, config: LaunchConfig) -> None:
         self._config = config
+        _events.info("opening the rendezvous store", endpoint=config.rdzv_endpoint)
         self._opening: Future[Link] | None = None
         self._next_at = self._give_up_at = 0.0
         self.link: Link | None = None
@@ -41,7 +40,7 @@ class Connection:
         elif self._opening is None:
             if now >= self._next_at:
                 self._opening = aside(lambda: Link(self._config), name="rendezvous")
-                self._give_up_at = now + OPEN_SECONDS
+                self._give_up_at = now + limits.OPEN_SECONDS
         elif self._opening.done():
             opening, self._opening = self._opening, None
             if why := failure(opening):
@@ -63,7 +62,7 @@ class Connection:
         self._pause()
 
     def _pause(self) -> None:
-        self._next_at = time.monotonic() + PAUSE_SECONDS * random.uniform(0.25, 1.0)
+        self._next_at = time.monotonic() + limits.RETRY_SECONDS * random.uniform(0.25, 1.0)
 
     def _tell(self, why: str) -> None:
         if not self.why:

@@ -14,12 +14,11 @@ from fmnist_dist.errors import ExitCode, FmnistDistError
 from fmnist_dist.masking import masked
 from fmnist_dist.telemetry import events
 from fmnist_dist.telemetry.events import EventLog, LogFormat
+from launch.agent import limits
 from launch.agent.notices import Notices
 from launch.agent.outcome import Ending
 from launch.agent.postmortem import PostMortem, termination_log_of, write
 from launch.agent.progress import Progress
-
-_LAST_LOOK_SECONDS = 1.0  # at the run: the grace is for the workers
 
 _events = EventLog("launch.agent")
 
@@ -96,10 +95,10 @@ class _Life:
         """Have the last word on how far the run is, unless its storage takes too long."""
         if self._progress is None:
             return
-        deadline = time.monotonic() + _LAST_LOOK_SECONDS
+        deadline = time.monotonic() + limits.LAST_LOOK_SECONDS
         is_known = self._progress.look(now=True)
         while not is_known and time.monotonic() < deadline:
-            time.sleep(0.01)
+            time.sleep(limits.TICK_SECONDS)
             is_known = self._progress.look()
 
 

@@ -13,12 +13,12 @@ import torch
 
 import fmnist_dist
 from fmnist_dist.errors import IncompatibleError, UsageError
+from launch.agent import limits
 from launch.agent.notices import Notices
 from launch.agent.progress import Progress
 from launch.agent.rounds import Rounds
 
 _PREFIX = "fmnist_dist"
-_STALLED_SECONDS = 30.0  # without a turn of the agent's loop, which takes a twentieth of a second
 
 try:
     from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -122,6 +122,6 @@ def health(rounds: Rounds, notices: Notices) -> tuple[str, str]:
     stalled = time.monotonic() - rounds.ticked_at
     if notices.count:
         return "503 Service Unavailable", "draining"
-    if stalled > _STALLED_SECONDS:
+    if stalled > limits.STALLED_SECONDS:
         return "503 Service Unavailable", f"the agent's loop stands still for {stalled:.0f} s"
     return "200 OK", "training" if rounds.is_training else "waiting for the other agents"

@@ -9,10 +9,8 @@ from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.errors import FmnistDistError
 from fmnist_dist.telemetry.events import EventLog
+from launch.agent import limits
 from launch.agent.aside import aside
-
-READ_SECONDS = 10.0  # for one look; a storage that is away must not hold the agent up
-_PAUSE_SECONDS = 5.0  # between two looks while workers train
 
 _events = EventLog("launch.agent")
 
@@ -42,7 +40,7 @@ class Progress:
         False while it is being read. What cannot be read stays as it was.
         """
         if self._reading is None:
-            if not now and time.monotonic() < self._looked_at + _PAUSE_SECONDS:
+            if not now and time.monotonic() < self._looked_at + limits.LOOK_SECONDS:
                 return True
             self._reading = aside(self._read, name="progress")
         if not self._reading.done():

@@ -36,11 +36,10 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
 from fmnist_dist.telemetry.events import EventLog
+from launch.agent import limits
 from launch.agent.aside import aside
 
 _GENERATIONS = 1000  # closed one after the other; each was a launch that failed
-_ASK_SECONDS = 1.0  # between two questions for nodes that wait; torch keeps an answer as long
-_LEAVE_SECONDS = 2.0
 
 _events = EventLog("launch.agent")
 # One of them may be the store itself, on whose host this is: the others lose it when it goes.
@@ -106,7 +105,7 @@ class Link(RendezvousHandler):
 
         def act() -> None:
             self._handler._stop_heartbeats()  # noqa: SLF001
-            deadline = time.monotonic() + _LEAVE_SECONDS
+            deadline = time.monotonic() + limits.LEAVE_SECONDS
             self._handler._op_executor.run(_RendezvousExitOp(), deadline)  # noqa: SLF001
 
         return aside(act, name="leave")
@@ -196,7 +195,7 @@ class _Watch:
         store = TCPStore(host, port, is_master=False, timeout=self._limit, wait_for_workers=False)
         # It only reads: torch's handler has no lock for two threads that join and look.
         reader = create_handler(store, C10dRendezvousBackend(store, params.run_id), params)
-        while not self._stopped.wait(_ASK_SECONDS):
+        while not self._stopped.wait(limits.ASK_SECONDS):
             asked_at = time.monotonic()
             waiting = reader.num_nodes_waiting()
             self._answered_at = time.monotonic()

@@ -19,21 +19,18 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from fmnist_dist.errors import INTERRUPTED, ExitCode, TransientError, UsageError
 from fmnist_dist.telemetry.events import EventLog
-from launch.agent import outcome
+from launch.agent import limits, outcome
 from launch.agent.arguments import Arguments
 from launch.agent.aside import aside
 from launch.agent.budget import Budget
-from launch.agent.connection import PAUSE_SECONDS, Connection, failure
+from launch.agent.connection import Connection, failure
 from launch.agent.notices import Notices
 from launch.agent.orphans import reap
 from launch.agent.outcome import Ended, Ending, Next
-from launch.agent.progress import READ_SECONDS, Progress
+from launch.agent.progress import Progress
 from launch.agent.workers import Workers
 
-_TICK_SECONDS = 0.05
 _MEETINGS = 3  # for so many of torch's `join_timeout` a rendezvous is tried
-_SETTLE_SECONDS = 0.5  # workers that fail together do not end in the same instant
-_LEAVE_SECONDS = 2.0  # to tell the others, if the store still answers
 
 _events = EventLog("launch.agent")
 
@@ -49,7 +46,9 @@ class Rounds:
         self._budget = Budget(
             crash_loop=arguments.crash_loop_budget, max_restarts=launch.max_restarts
         )
-        self._meet_seconds = _MEETINGS * int(launch.rdzv_configs.get("join_timeout", 600))
+        self._meet_seconds = _MEETINGS * int(
+            launch.rdzv_configs.get("join_timeout", limits.JOIN_SECONDS)
+        )
         self._nodes = f"{launch.min_nodes}:{launch.max_nodes}"
         self._connection = Connection(launch)
         self._workers: Workers | None = None  # of this round, or the last one
@@ -106,7 +105,7 @@ class Rounds:
                 if isinstance(meeting.exception(), RendezvousConnectionError | DistNetworkError):
                     self._connection.drop(why)
                 workers, meeting = None, None
-                begin_at = time.monotonic() + PAUSE_SECONDS * random.uniform(0.25, 1.0)
+                begin_at = time.monotonic() + limits.RETRY_SECONDS * random.uniform(0.25, 1.0)
         said = f"no rendezvous with the other agents within {self._meet_seconds} s: "
         return Ending(code=ExitCode.TRANSIENT, reason=said + (self._connection.why or why))
 
@@ -129,7 +128,7 @@ class Rounds:
 
     def _settle(self, workers: Workers) -> signal.Signals | None:
         """Let workers that fail together end by themselves: one of them may know why."""
-        deadline = time.monotonic() + _SETTLE_SECONDS
+        deadline = time.monotonic() + limits.SETTLE_SECONDS
         notice = None
         while workers.processes and time.monotonic() < deadline and notice is None:
             notice = self._tick()
@@ -213,7 +212,7 @@ class Rounds:
 
     def _tick(self) -> signal.Signals | None:
         """Let a moment pass, and see to all that goes on beside; return a notice that has come."""
-        time.sleep(_TICK_SECONDS)
+        time.sleep(limits.TICK_SECONDS)
         self.ticked_at = time.monotonic()
         self._connection.look()
         if self._progress is not None:
@@ -226,10 +225,10 @@ class Rounds:
         """See how far the run is now, unless there is a notice to take."""
         if self._progress is None:
             return
-        deadline = time.monotonic() + READ_SECONDS
+        deadline = time.monotonic() + limits.READ_SECONDS
         is_known = self._progress.look(now=True)
         while not is_known and time.monotonic() < deadline and not self._notices.are_waiting:
-            time.sleep(_TICK_SECONDS)
+            time.sleep(limits.TICK_SECONDS)
             is_known = self._progress.look()
 
     def _furthest(self) -> int | None:
@@ -242,9 +241,9 @@ class Rounds:
         if link is None or link.is_lost:
             return
         leaving = link.leave()
-        deadline = time.monotonic() + _LEAVE_SECONDS
+        deadline = time.monotonic() + limits.LEAVE_SECONDS
         while not leaving.done() and time.monotonic() < deadline:
-            time.sleep(_TICK_SECONDS)
+            time.sleep(limits.TICK_SECONDS)
 
 
 def _stopped(ended: list[Ended], notice: signal.Signals, *, in_doubt: bool) -> Ending:

@@ -15,11 +15,11 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
+from launch.agent import limits
 from launch.agent.arguments import Arguments
 from launch.agent.outcome import Ended
 from launch.agent.rendezvous import Link
 
-_KILL_SECONDS = 5  # of a worker that SIGKILL does not end: the kernel keeps it
 # torch takes signals for itself when it starts workers, `TORCHELASTIC_SIGNALS_TO_HANDLE`: it gets
 # one that nobody sends.
 _NEVER_SENT = "SIGRTMAX"
@@ -116,7 +116,7 @@ class Workers(LocalElasticAgent):
     def close(self) -> None:
         """End what is left of a round's workers, and close their log files."""
         if (context := self._context()) is not None:
-            context.close(signal.SIGKILL, _KILL_SECONDS)
+            context.close(signal.SIGKILL, limits.KILL_SECONDS)
             self.ended()
             self._pcontext = None
 
