@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sysconfig
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -121,7 +122,10 @@ class Engine:
         command += [f"--file={ROOT / 'docker' / dockerfile}", f"--tag={tag}"]
         command += [f"--target={target}"] if target else []
         command += [f"--volume={_TRUSTED}:{_TRUSTED}:ro"] if _TRUSTED.is_dir() else []
+        began = time.monotonic()
         _run([*command, str(ROOT)], environ=self.environ, seconds=_BUILD_SECONDS)
+        print(f"{tag}: built in {time.monotonic() - began:.0f} s")
+        print(self.podman("history", tag, "--format={{.Size}} {{.CreatedBy}}"))
 
 
 class Composed:
@@ -136,13 +140,13 @@ class Composed:
         self.network = f"{name}_nodes"
 
     def up(self, *services: str) -> None:
-        self._compose("up", "--detach", "--no-build", *services)
+        command = self._command("up", "--detach", "--no-build", *services)
+        _run(command, environ=self.engine.environ)
 
-    def _compose(self, *words: str) -> None:
-        assert _COMPOSE is not None
+    def _command(self, *words: str) -> list[str]:
+        assert _COMPOSE is not None, missing()
         files = ["--file", str(COMPOSE), "--file", str(self._second)]
-        command = [_COMPOSE, "--project-name", self.name, *files, *words]
-        _run(command, environ=self.engine.environ, seconds=_COMMAND_SECONDS)
+        return [_COMPOSE, "--project-name", self.name, *files, *words]
 
     def container(self, service: str) -> str:
         return f"{self.name}_{service}_1"
@@ -175,8 +179,8 @@ class Composed:
 
     def stop(self, service: str) -> "subprocess.Popen[bytes]":
         """Ask a node to stop, within the grace that the compose file gives it; do not wait."""
-        command = ["podman", "stop", self.container(service)]
-        return subprocess.Popen(command, env=self.engine.environ, stdout=subprocess.DEVNULL)
+        command = self._command("stop", service)
+        return subprocess.Popen(command, env=self.engine.environ, stderr=subprocess.DEVNULL)
 
     def kill(self, service: str) -> None:
         self.engine.podman("kill", self.container(service))

@@ -120,6 +120,7 @@ def test_a_store_that_never_comes_is_given_up_with_75(tmp_path: Path) -> None:
         assert agent.post_mortem()["fault"] == "storage, network or rendezvous"
 
 
+@pytest.mark.slow
 def test_a_drained_run_goes_on_to_the_same_bits_and_says_how_far_it_is(
     undisturbed: dict[str, str], tmp_path: Path
 ) -> None:

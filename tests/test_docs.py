@@ -8,7 +8,8 @@ import pytest
 from fmnist_dist.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "k8s" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = sorted(ROOT.glob("[!.]*/README.md"))
+DOCUMENTS = [ROOT / "README.md", *FOLDERS, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -11,9 +11,11 @@ nothing, and does all of it.
 import json
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,19 +98,42 @@ def reach(compose: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process see the run: it reaches the S3 server's container at its address."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    told = json.loads(compose.engine.inspect(compose.container("node-1"), "json .Config.Env"))
-    for name, _, value in (each.partition("=") for each in told):
-        if name.startswith("AWS_"):
-            monkeypatch.setenv(name, value)
+    for name, _, value in (each.partition("=") for each in for_storage(compose)):
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{compose.address('s3')}:8333")
     monkeypatch.setenv("XDG_STATE_HOME", str(compose.engine.folder / "state"))
+
+
+def for_storage(compose: Composed) -> list[str]:
+    """Return what the compose file sets for a node to reach its storage, as NAME=VALUE."""
+    told = json.loads(compose.engine.inspect(compose.container("node-1"), "json .Config.Env"))
+    return [each for each in told if each.startswith("AWS_")]
+
+
+def beside(compose: Composed, *words: str) -> "subprocess.CompletedProcess[str]":
+    """Run another container on the network of the nodes."""
+    options = [f"--env={each}" for each in for_storage(compose)]
+    options += [f"--network={compose.network}", "--rm", "--read-only", "--tmpfs=/tmp"]
+    return compose.engine.try_podman("run", *options, *words)
+
+
+def shown(compose: Composed) -> dict[str, Any]:
+    """Return `runs show --json` as the first node says it: rank 0 knows how far attempts got."""
+    node = compose.container("node-1")
+    image = compose.engine.inspect(node, ".ImageName")
+    ask = ["-m", "fmnist_dist.runs", "show", RUN, "--json"]
+    done = beside(compose, f"--volumes-from={node}", "--entrypoint=python", image, *ask)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def await_training(compose: Composed, *, world: int, after: int = -1) -> int:
     """Wait for an attempt of so many workers with a checkpoint past a step; return that step."""
 
+    log = RunLog(Place.of(RUN).storage())
+
     def there() -> int | None:
-        log = RunLog(Place.of(RUN).storage())
+        time.sleep(0.1)  # each look is some requests, and the cores are the nodes'
         try:
             head = log.read().head
         except StorageError:  # the server makes the bucket with the first object
@@ -175,7 +200,8 @@ def test_of_three_nodes_one_is_stopped_one_is_killed_and_one_ends_with_the_same_
         "image": "localhost/fmnist-dist:runtime",
         "restart": "no",  # so that a node that has ended can be looked at
         "volumes": bound,
-        "environment": flags(SHORT_STEPS, slow=1.5),
+        # One that has lost a peer waits for it, and saves alone before this time is over.
+        "environment": {**flags(SHORT_STEPS, slow=1.5), "FMNIST_DIST_DRAIN_SECONDS": "12"},
     }
     server = {
         "image": "localhost/fmnist-dist:runtime",
@@ -199,7 +225,7 @@ def test_of_three_nodes_one_is_stopped_one_is_killed_and_one_ends_with_the_same_
     confined(compose, "node-1")
     assert compose.await_exit("node-1") == ExitCode.FINISHED, compose.logs()
 
-    story = show(RUN)
+    story = shown(compose)
     assert bits(story) == bits(show(trained_run))
     assert bits(story)[0] == SHORT_STEPS
     assert [each["lost_steps"] for each in story["attempts"]] == [0] * len(story["attempts"])
@@ -249,7 +275,7 @@ def test_three_nodes_are_stopped_killed_cut_off_and_come_back_and_end_with_the_s
     await_training(compose, world=3, after=step)
 
     assert [compose.await_exit(each) for each in NODES] == [ExitCode.FINISHED] * 3, compose.logs()
-    story = show(RUN)
+    story = shown(compose)
     worlds = [each["world_size"] for each in story["attempts"]]
     assert without_repeats(worlds) == [3, 2, 3, 2, 3, 2, 3], story["attempts"]
     lost = [each["lost_steps"] for each in story["attempts"]]
@@ -257,7 +283,7 @@ def test_three_nodes_are_stopped_killed_cut_off_and_come_back_and_end_with_the_s
     assert ledger(RUN).returncode == 0
 
     calm = f"{RUN}-calm"
-    assert run_alone(compose, calm) == ExitCode.FINISHED
+    run_alone(compose, calm)
     assert bits(show(calm)) == bits(story)
 
 
@@ -307,16 +333,12 @@ def scraped(compose: Composed, service: str) -> str:
         return it.read().decode()
 
 
-def run_alone(compose: Composed, run: str) -> int:
-    """Train undisturbed, in one container of the same image; return its exit code."""
-    names = ("ENDPOINT_URL", "REGION", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
-    words = [f"--env=AWS_{each}={os.environ[f'AWS_{each}']}" for each in names]
-    words += [f"--env={name}={text}" for name, text in flags(STEPS).items()]
-    words += [f"--network={compose.network}", "--tmpfs=/scratch", "--read-only"]
+def run_alone(compose: Composed, run: str) -> None:
+    """Train undisturbed, in one container of the same image."""
+    words = [f"--env={name}={text}" for name, text in flags(STEPS).items()]
     agent = ["--standalone", "--nproc-per-node=1", "-m", "fmnist_dist.train", f"--run-dir={run}"]
-    done = compose.engine.try_podman("run", "--rm", *words, "localhost/fmnist-dist:local", *agent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.returncode
+    done = beside(compose, *words, "--tmpfs=/scratch", "localhost/fmnist-dist:local", *agent)
+    assert done.returncode == ExitCode.FINISHED, done.stderr[-3000:]
 
 
 def bits(story: dict[str, Any]) -> tuple[int, str]:

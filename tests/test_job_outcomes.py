@@ -183,6 +183,7 @@ def test_a_training_that_crashes_again_and_again_fails_the_job_by_its_own_verdic
         assert "fault: segv" in log.read_text()
 
 
+@pytest.mark.slow
 def test_an_index_without_a_node_does_not_hold_a_finished_job(tmp_path: Path) -> None:
     with cluster(
         tmp_path, overlay="gke-spot", nodes="1:2", steps=4, pending=frozenset({1})

@@ -40,6 +40,7 @@ def drill_on(manifest: Manifest, folder: Path, *flags: str, timeout: float) -> t
     return ended.returncode, ended.stdout
 
 
+@pytest.mark.slow
 def test_pods_of_the_shipped_job_are_preempted_and_nothing_is_lost(tmp_path: Path) -> None:
     manifest = rendered("eks-spot-karpenter", nodes="1:2")
     flags = ["--faults=2", "--steps=250", "--seed=1"]

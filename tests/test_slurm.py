@@ -141,6 +141,7 @@ def test_without_an_environment_it_says_what_to_do(slurm: Slurm) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_job_was_preempted(slurm: Slurm, tmp_path: Path) -> None:
     """One node, and real agents and workers: `srun` runs what it is given."""
     (slurm.folder / "srun").write_text('#!/bin/bash\nexec "${@:3}"\n')
