@@ -85,6 +85,8 @@ NUMBERS = {
     "launch/k8s/status.py": "between two looks at a Job",
     "launch/launched.py": "the drill's own, which are not the program's",
     "launch/drill.py": "the drill's schedule of faults",
+    "launch/jobdrill.py": "between two looks of the drill, and its haste",
+    "launch/k8s/controller.py": "the back-off of Kubernetes",
 }
 
 _WITHOUT_ARGUMENTS = {"join", "wait", "acquire", "result", "communicate", "get", "recv", "accept"}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from launch.k8s.controller import Ended, Pod
 from launch.k8s.manifest import COMPONENT, INDEX, JOB_NAME, Document, Manifest, flag_in
-from launch.launched import children, kill, state
+from launch.launched import LIMIT_SECONDS, children, kill, state
 
 _STORE = "store"  # the component that is a rendezvous store of its own
 
@@ -87,7 +87,7 @@ class LocalPods:
         if self._store is None or self._store.poll() is not None:
             return False
         self._store.kill()
-        return self._store.wait() == -signal.SIGKILL
+        return self._store.wait(LIMIT_SECONDS) == -signal.SIGKILL
 
     def start(self, pod: Pod) -> None:
         """Run the trainer's container of a pod."""
@@ -165,7 +165,7 @@ class LocalPods:
         """Leave nothing behind."""
         for pod in self.running():
             self.destroy(pod, disrupted=False)
-            self._pods[pod].process.wait()
+            self._pods[pod].process.wait(LIMIT_SECONDS)
         self.kill_store()
 
     def environment(self, pod: Pod, folder: Path) -> dict[str, str]:
