@@ -305,9 +305,13 @@ def test_the_image_says_whose_fault_it_is(engine: Engine, tmp_path: Path) -> Non
     assert wrong.returncode == ExitCode.USAGE
     assert "--learning-rate" in wrong.stderr
 
-    # Without a volume at /scratch there is nowhere for a run but /tmp.
-    private = engine.try_podman(*command, image, "--standalone", *train, "--run-dir=/scratch/run")
-    assert private.returncode == ExitCode.INCOMPATIBLE, private.stderr
+    # Without a volume at /scratch there is nowhere for a run but /tmp, and no cache.
+    refused = engine.try_podman(*command, image, "--standalone", *train, "--run-dir=/scratch/run")
+    assert refused.returncode == ExitCode.INCOMPATIBLE, refused.stderr
+    short = ["--run-dir=/tmp/run", "--batch-size=64", "--max-steps=1"]
+    trained = engine.try_podman(*command, image, "--standalone", *train, *short)
+    assert trained.returncode == ExitCode.FINISHED, trained.stderr
+    assert "no cache" in trained.stdout + trained.stderr
 
     waiting = f"waiting{os.getpid()}"
     lonely = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29500"]
@@ -337,7 +341,9 @@ def run_alone(compose: Composed, run: str) -> None:
     """Train undisturbed, in one container of the same image."""
     words = [f"--env={name}={text}" for name, text in flags(STEPS).items()]
     agent = ["--standalone", "--nproc-per-node=1", "-m", "fmnist_dist.train", f"--run-dir={run}"]
-    done = beside(compose, *words, "--tmpfs=/scratch", "localhost/fmnist-dist:local", *agent)
+    done = beside(
+        compose, *words, "--tmpfs=/scratch:mode=1777", "localhost/fmnist-dist:local", *agent
+    )
     assert done.returncode == ExitCode.FINISHED, done.stderr[-3000:]
 
 
