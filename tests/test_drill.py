@@ -33,6 +33,7 @@ def run_drill(*flags: str, timeout: float) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_training_that_is_struck_again_and_again_passes(tmp_path: Path) -> None:
     ended = run_drill("--faults=3", "--steps=90", "--seed=3", f"--keep={tmp_path}", timeout=280)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -48,6 +48,7 @@ def test_without_faults_everything_passes(s3_proxy: FaultyProxy) -> None:
     assert code_of(gone) == (404, "NoSuchKey")
 
 
+@pytest.mark.slow
 def test_each_fault_happens_as_often_as_it_should_and_to_what_it_should(
     seaweed: Seaweed, s3_proxy: FaultyProxy
 ) -> None:

@@ -264,6 +264,7 @@ def freeze_a_launch(root: Path, point: str, trained: dict[str, str]) -> None:
     assert_sound(root)
 
 
+@pytest.mark.slow
 def test_a_launch_that_was_frozen_in_a_save_and_replaced_ends_as_fenced(
     tmp_path: Path, trained: dict[str, str]
 ) -> None:

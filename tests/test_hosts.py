@@ -79,6 +79,7 @@ def assert_one_writer(run: Path) -> None:
     assert numbers == sorted(numbers)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_added_takes_part_and_one_that_is_killed_is_done_without(
     network: Network, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:

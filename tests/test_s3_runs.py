@@ -187,6 +187,7 @@ def test_storage_that_is_away_for_a_while_is_told_and_costs_no_step(
     assert_sound(stored)
 
 
+@pytest.mark.slow
 def test_lost_trainers_are_replaced_in_place_by_ones_that_save_to_s3(
     undisturbed: Mapping[str, str], s3_url: str, stored: PlainStorage, tmp_path: Path
 ) -> None:

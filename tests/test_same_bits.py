@@ -71,6 +71,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
     assert_same(root, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_that_shrinks_and_grows_ends_with_the_same_bits(
     undisturbed: Path, root: Folder, tmp_path: Path
 ) -> None:

@@ -34,7 +34,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return files_of_newest(run)
 
 
-@pytest.mark.parametrize("how", ["spin", "stop", pytest.param("hang", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["stop", *(pytest.param(each, marks=pytest.mark.slow) for each in ("spin", "hang"))]
+)
 def test_a_stuck_trainer_is_found_shown_and_replaced(
     how: str, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
