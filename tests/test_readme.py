@@ -16,8 +16,8 @@ from jobs import ROOT, Job, show
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 SUBMIT = (
-    'python -m launch.k8s submit --overlay gke-spot --image "$IMAGE" '
-    "--run-dir s3://bucket/runs/mine --nodes 2:4"
+    "python -m launch.k8s submit --overlay eks-spot-karpenter --with s3-pod-identity "
+    '--image "$IMAGE" --run-dir s3://bucket/runs/mine --nodes 2:4'
 )
 KUBERNETES = [
     "kubectl apply -f k8s/namespace.yaml",
