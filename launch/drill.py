@@ -17,8 +17,9 @@ from typing import Annotated, Protocol
 from cyclopts import App, Parameter
 
 from fmnist_dist.checkpoint.place import Place
-from fmnist_dist.errors import ExitCode, FmnistDistError, UsageError
-from fmnist_dist.usage import columns, run_app
+from fmnist_dist.errors import ExitCode, UsageError
+from fmnist_dist.inspection.command import run_command
+from fmnist_dist.usage import columns
 from launch.launched import HangError, Launched, advanced, has_passed, kill, reached, state
 from launch.verdict import Struck, judge, show, tell
 
@@ -249,11 +250,7 @@ def main() -> int:
         version_flags=[],
     )
     app["--help"].help = "print this page"
-    try:
-        return int(run_app(app, sys.argv[1:]) or 0)
-    except FmnistDistError as error:
-        print(f"launch.drill: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    return run_command(app, sys.argv[1:])
 
 
 if __name__ == "__main__":

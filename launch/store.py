@@ -11,8 +11,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from fmnist_dist.errors import FmnistDistError, TransientError, UsageError
-from fmnist_dist.usage import columns, run_app
+from fmnist_dist.errors import TransientError, UsageError
+from fmnist_dist.inspection.command import run_command
+from fmnist_dist.usage import columns
 
 _PORTS = range(1, 65536)
 
@@ -54,11 +55,7 @@ def make_app() -> App:
 
 
 def main() -> int:
-    try:
-        return int(run_app(make_app(), sys.argv[1:]) or 0)
-    except FmnistDistError as error:
-        print(f"launch.store: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    return run_command(make_app(), sys.argv[1:])
 
 
 if __name__ == "__main__":

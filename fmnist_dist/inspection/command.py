@@ -1,4 +1,7 @@
-"""How the commands that read a run end: one line on stderr for what was foreseen, an exit code."""
+"""How the commands that read a run, and those of `launch/`, end.
+
+With one line on stderr for what was foreseen, and an exit code.
+"""
 
 import os
 import sys
@@ -13,9 +16,10 @@ _READER_GONE = 141  # as a shell shows SIGPIPE
 
 
 def run_command(app: App, argv: Sequence[str]) -> int:
-    """Run what `argv` asks for and return its exit code; a bug passes through with its traceback.
+    """Run what `argv` asks for and return its exit code: 0 where the command returns none.
 
-    What was printed before an error is flushed before the error's line.
+    A bug passes through with its traceback. What was printed before an error is flushed before the
+    error's line.
     """
     try:
         code = _run(app, argv)
@@ -31,9 +35,9 @@ def run_command(app: App, argv: Sequence[str]) -> int:
 
 def _run(app: App, argv: Sequence[str]) -> int:
     try:
-        run_app(app, argv)
+        code = run_app(app, argv)
     except FmnistDistError as error:
         print(end="", flush=True)  # noqa: T201 - a command prints
         sys.stderr.write(f"{app.name[0]}: {error}\n")
         return error.exit_code
-    return ExitCode.FINISHED
+    return int(code or ExitCode.FINISHED)

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
-from fmnist_dist.errors import FmnistDistError
-from fmnist_dist.usage import columns, run_app
+from fmnist_dist.inspection.command import run_command
+from fmnist_dist.usage import columns
 from launch.k8s import doctor as examination
 from launch.k8s import status as sight
 from launch.k8s import submit as submission
@@ -148,11 +148,7 @@ def make_app() -> App:
 
 
 def main() -> int:
-    try:
-        return int(run_app(make_app(), sys.argv[1:] or ["--help"]) or 0)
-    except FmnistDistError as error:
-        print(f"launch.k8s: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    return run_command(make_app(), sys.argv[1:] or ["--help"])
 
 
 if __name__ == "__main__":
