@@ -38,6 +38,7 @@ STORAGE_SECONDS = 60.0  # one operation on object storage with all its tries, be
 STORAGE_FIRST_SECONDS = 10.0  # to a store that this process has never reached: a wrong address?
 STORAGE_REQUEST_SECONDS = 15.0  # one request of it, likewise: another connection may be better
 STORAGE_CONNECT_SECONDS = 5.0
+NAME_SECONDS = 1.8  # for the address of a host that had one before: RFC 8767, section 5
 STORAGE_SILENCE_SECONDS = 10.0  # of a connection on which an answer is due
 STORAGE_BYTES_PER_SECOND = 250_000  # so long may bytes take; what is slower counts as stalled
 STORAGE_PAUSE_SECONDS = 0.1  # before the second try, at most twice that; doubles, with jitter

@@ -57,6 +57,20 @@ class Lookout:
         """Say how to leave the state with the keeper; returns whether it is there."""
         self._hand_over = hand_over
 
+    def drain_seconds_left(self) -> float:
+        """Return how long a drain may still take, before the keeper kills, and saves in its place.
+
+        All of its time where others were asked to stop, and not this rank.
+        """
+        if self._stop.since is None:
+            return self._drain_seconds
+        reserve = min(limits.KILL_SECONDS, self._drain_seconds / 4)
+        return max(0.0, self._drain_ends_at() - reserve - time.monotonic())
+
+    def _drain_ends_at(self) -> float:
+        assert self._stop.since is not None
+        return self._board.drain_deadline or self._stop.since + self._drain_seconds
+
     @contextmanager
     def running(self) -> Iterator["Lookout"]:
         self._thread.start()
@@ -97,17 +111,16 @@ class Lookout:
             if not self._closing.is_set():
                 _leave(INTERRUPTED)
         if self._stop.since is not None:
-            deadline = self._board.drain_deadline or self._stop.since + self._drain_seconds
-            patience = self._stop.since + _PATIENCE * (deadline - self._stop.since)
-            if time.monotonic() > patience:
-                self._save_alone(deadline)
+            since = self._stop.since
+            if time.monotonic() > since + _PATIENCE * (self._drain_ends_at() - since):
+                self._save_alone()
 
-    def _save_alone(self, deadline: float) -> None:
+    def _save_alone(self) -> None:
         """Save without the others, and without the main thread, which is stuck."""
         if self._board.section in _ENDS_BY_ITSELF or self._secure is None:
             return
         try:
-            done = self._secure(deadline - time.monotonic() - limits.KILL_SECONDS)
+            done = self._secure(self.drain_seconds_left())
         except FmnistDistError as error:
             _events.error(str(error), exit_code=int(error.exit_code))
             _leave(error.exit_code)

@@ -72,7 +72,7 @@ class Parts:
     peers_are_there: Callable[[], None]  # raises `PeerLostError` when they are not
     eval_every_epochs: int
     max_steps: int | None
-    drain_seconds: float
+    drain_seconds_left: Callable[[], float]
     finish_seconds: float
 
 
@@ -123,7 +123,7 @@ def train(parts: Parts) -> None:
         if wishes.stop and state.step < last_step:
             parts.agree(state.digest(), state.step)
             board.enter(Section.SAVE)
-            saves.secure(state, reason="drain", seconds=parts.drain_seconds)
+            saves.secure(state, reason="drain", seconds=parts.drain_seconds_left())
             raise Drained(f"asked to stop: step {state.step} is saved, the same command goes on")
         due, compares = wishes.save, parts.comparison
     _finish(parts)

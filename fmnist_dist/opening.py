@@ -126,8 +126,9 @@ def open_run(
     A storage that refuses this user is one that does not fit: nothing of this launch would ever be
     saved there. (Once training goes on it is one that is away.)
     """
+    faulty = disk if joined.is_main else None
+    storage = place.storage(single_writer=launch.config.single_writer, disk=faulty)
     if not joined.is_main:
-        log = RunLog(place.storage())
         text = joined.hear("resumption")
         if text.startswith("failed "):
             raise PeerFailedError(int(text.removeprefix("failed ")))
@@ -135,11 +136,11 @@ def open_run(
             return None
         resumption = Resumption.from_json(text)
         with _refusals_final(place):
-            _check_shared(log, place, resumption, joined)
+            _check_shared(RunLog(storage), place, resumption, joined)
         names = json.loads(joined.hear("files"))
         received = {name: broadcast(joined, None, source=0, key=f"file/{name}") for name in names}
-        return follow_run(launch, place, resumption, agents=agents, files=received)
-    storage = place.storage(single_writer=launch.config.single_writer, disk=disk)
+        # With the connection that has just been used: a drain may not have the time to make one.
+        return follow_run(launch, place, resumption, agents=agents, storage=storage, files=received)
     if known is not None:
         joined.tell("resumption", known)
         joined.tell("files", "[]")

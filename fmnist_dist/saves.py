@@ -171,7 +171,8 @@ class Saves:
         patience = time.monotonic() + self.precede * min(limits.SECURE_SECONDS, seconds / 4)
         while time.monotonic() < patience:
             try:
-                self.writer.refresh()
+                with within(patience - time.monotonic()):
+                    self.writer.refresh()
             except StorageError:  # not there now; the save below tries until the limit
                 break
             if self.is_durable(state):

@@ -110,7 +110,7 @@ class Trainer:
             nonlocal looked
             now = time.monotonic()
             if self._stop.requested:
-                raise Drained(self._secure("drain", self._config.drain_seconds))
+                raise Drained(self._secure("drain", self._lookout.drain_seconds_left()))
             if self._held is not None and now - max(looked, began) > limits.EARLY_SAVE_SECONDS:
                 looked = now
                 _events.info("waiting for lost ranks", done=self._secure("survivor", limit))
@@ -145,7 +145,7 @@ class Trainer:
         """Save for the others too, and return the error to end with."""
         if self._held is None:
             return TransientError(f"the ranks did not meet: {why}")
-        done = self._secure("survivor", self._config.drain_seconds)
+        done = self._secure("survivor", self._lookout.drain_seconds_left())
         return PeerLostError(f"{why}; {done}, all ranks have to start again")
 
     def _secure(self, reason: str, seconds: float) -> str:
@@ -291,7 +291,7 @@ class Trainer:
                     peers_are_there=joined.check_peers,
                     eval_every_epochs=self._config.eval_every_epochs,
                     max_steps=self._config.max_steps,
-                    drain_seconds=self._config.drain_seconds,
+                    drain_seconds_left=self._lookout.drain_seconds_left,
                     finish_seconds=self._config.max_unsaved_seconds,
                 )
             )

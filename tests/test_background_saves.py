@@ -5,6 +5,7 @@ want. `Training` drives the very objects that a trainer has; where a trainer is 
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from safetensors.torch import save
 from fmnist_dist import limits
 from fmnist_dist.agreement import settings_of
 from fmnist_dist.checkpoint import lineage
+from fmnist_dist.checkpoint.deadline import deadline
 from fmnist_dist.checkpoint.local import LocalStorage
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.record import File, Heal
@@ -401,6 +403,25 @@ def test_a_save_that_hangs_does_not_keep_a_drain_from_saving(
         training.settle()
         assert list(training.committed()) == [4]
         assert len(training.folders()) == 1
+
+
+def test_a_rank_that_lets_others_save_waits_no_longer_for_storage_than_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    def hang(path: str) -> bytes:  # until its limit, without taking that long
+        asked.append(deadline() - time.monotonic())
+        monkeypatch.undo()
+        raise StorageError(f"cannot read {path}: no answer in time")
+
+    with trained() as (training, storage):
+        monkeypatch.setattr(storage, "read", hang)
+        training.saves.precede = 1
+        training.saves.secure(training.state, reason="drain", seconds=SECONDS)
+        assert len(asked) == 1
+        assert asked[0] <= limits.SECURE_SECONDS
+        assert list(training.committed()) == [training.state.step]
 
 
 def test_training_that_goes_on_after_it_was_secured_owes_nothing() -> None:

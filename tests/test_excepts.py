@@ -69,6 +69,10 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/inspection/foundrun.py::_names": (1, "somebody else's folder is no candidate"),
     "fmnist_dist/committer.py::Committer.publish": (1, "rows are saved twice; the next save tells"),
     "fmnist_dist/committer.py::Committer._retire": (1, "given up for a newer save, which retires"),
+    "fmnist_dist/checkpoint/s3names.py::LastingResolver._look_up": (
+        1,
+        "the last addresses count, and whether they are good is seen when they are tried",
+    ),
     "fmnist_dist/saves.py::Saves.secure": (1, "the save that follows tells"),
     "fmnist_dist/committer.py::Committer._commit": (1, "the save's own error is raised on"),
     "fmnist_dist/trainer.py::Trainer._secure": (1, "all may save: the log admits one"),

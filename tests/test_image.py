@@ -200,9 +200,8 @@ def test_of_three_nodes_one_is_stopped_one_is_killed_and_one_ends_with_the_same_
         "image": "localhost/fmnist-dist:runtime",
         "restart": "no",  # so that a node that has ended can be looked at
         "volumes": bound,
-        # One that has lost a peer waits for it, and saves alone in the second half of this time.
-        # It may be its first word with the store, so that should be some seconds.
-        "environment": {**flags(SHORT_STEPS, slow=1.5), "FMNIST_DIST_DRAIN_SECONDS": "30"},
+        # Short: a peer goes, and for seconds the name server with it; the store is still found.
+        "environment": {**flags(SHORT_STEPS, slow=1.5), "FMNIST_DIST_DRAIN_SECONDS": "12"},
     }
     server = {
         "image": "localhost/fmnist-dist:runtime",

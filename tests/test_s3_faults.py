@@ -309,6 +309,18 @@ def test_files_that_arrive_after_the_save_was_given_up_are_swept_by_the_next_lau
     assert_sound(plain)
 
 
+def test_a_connection_that_stalls_leaves_a_drain_the_time_for_another(
+    proxied_url: str, s3_proxy: FaultyProxy, plain: PlainStorage
+) -> None:
+    """With the limits as they are: a stall is noticed after ten seconds, and a drain has four."""
+    plain.create("x", SMALL)
+    storage = S3Storage(proxied_url)
+    assert storage.list("nothing") == []
+    with s3_proxy.during(Fault("stall", "GET", "/x$")) as stalled, within(4.0):
+        assert storage.read("x") == SMALL
+    assert stalled.happened == 1
+
+
 def test_a_connection_of_10_kb_per_second_brings_small_objects_whole_and_large_ones_not_at_all(
     storage: S3Storage,
     s3_proxy: FaultyProxy,

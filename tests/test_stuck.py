@@ -120,6 +120,19 @@ def test_a_group_that_does_not_end_does_not_keep_a_finished_run_from_ending(
     assert os.waitstatus_to_exitcode(status) == ExitCode.FINISHED
 
 
+def test_a_drain_has_the_time_that_is_left_until_the_keeper_kills() -> None:
+    board = Board.create()
+    with stop.listen() as request:
+        lookout = Lookout(board, request, drain_seconds=20)
+        assert lookout.drain_seconds_left() == 20  # another rank was asked, and this one was not
+        request.since = time.monotonic() - 10  # the step at hand took so long
+        assert 8 < lookout.drain_seconds_left() <= 10 - limits.KILL_SECONDS
+        board.drain_deadline = time.monotonic() + 3  # of the trainer before this one
+        assert 1 < lookout.drain_seconds_left() <= 3 - limits.KILL_SECONDS
+        board.drain_deadline = time.monotonic()
+        assert lookout.drain_seconds_left() == 0
+
+
 def in_a_group_that_is_broken_off(act: Callable[[Board, list[float]], None]) -> int:
     """Act as the main thread of a trainer whose generation has failed; return the wait status.
 

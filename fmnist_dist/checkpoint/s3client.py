@@ -28,6 +28,7 @@ from s3fs import S3FileSystem
 from fmnist_dist import limits
 from fmnist_dist.checkpoint.deadline import deadline, within
 from fmnist_dist.checkpoint.s3errors import Meaning, is_of_credentials, line
+from fmnist_dist.checkpoint.s3names import LastingResolver
 
 T = TypeVar("T")
 
@@ -121,7 +122,7 @@ class S3Client:
         said: BaseException | None = None
         while True:
             tries += 1
-            seconds = min(patience.left, limits.STORAGE_REQUEST_SECONDS + _seconds_of(size))
+            seconds = _seconds_of_try(size, left=patience.left)
             try:
                 async with asyncio.timeout(seconds):
                     answer = await request()
@@ -196,6 +197,7 @@ def preload() -> None:
 
 
 def _open(session: AioSession | None) -> S3FileSystem:
+    """Return a session, to be used on the thread that asks: fsspec's."""
     region = os.environ.get("AWS_REGION")  # of the other AWS tools; botocore does not know it
     files = S3FileSystem(
         session=session,
@@ -207,6 +209,8 @@ def _open(session: AioSession | None) -> S3FileSystem:
             "read_timeout": limits.STORAGE_SILENCE_SECONDS,
             "retries": {"total_max_attempts": 1},
             "max_pool_connections": _CONNECTIONS,
+            # A second: an address that turns out to be old is looked up again with the next try.
+            "connector_args": {"resolver": LastingResolver(), "ttl_dns_cache": 1},
             # Many stores that are not AWS refuse the newer checksums; records carry our own.
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
@@ -214,6 +218,13 @@ def _open(session: AioSession | None) -> S3FileSystem:
     )
     files.retries = 1
     return files
+
+
+def _seconds_of_try(size: int, *, left: float) -> float:
+    """Return how long one try may take. A dead connection must not take all the time of a drain."""
+    if size == 0:
+        left = min(left, max(limits.LAST_TRY_SECONDS, left / 2))
+    return min(left, limits.STORAGE_REQUEST_SECONDS + _seconds_of(size))
 
 
 def _seconds_of(size: int) -> float:
