@@ -36,6 +36,18 @@ from seaweed import REGION, WRITER
 _LIMIT_SECONDS = 120.0  # of anything that waits here: a test has a shorter limit
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 _CHUNK = 1000  # bytes that a slow connection passes at least at once
+_KINDS = {
+    "error",
+    "cut",
+    "lost",
+    "late",
+    "truncated",
+    "stalled",
+    "hanging",
+    "short",
+    "slow",
+    "deaf",
+}
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 
@@ -57,6 +69,9 @@ class Fault:
     seen: int = 0
     gone: bool = field(default=False, init=False)  # switched off
     free: float = field(default=0.0, init=False)  # when a shared line has passed all that came
+
+    def __post_init__(self) -> None:
+        assert self.kind in _KINDS, f"{self.kind} would change nothing"
 
     def meets(self, method: str, target: str) -> bool:
         if self.gone or not re.fullmatch(self.method, method) or not re.search(self.target, target):

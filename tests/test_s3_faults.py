@@ -316,7 +316,7 @@ def test_a_connection_that_stalls_leaves_a_drain_the_time_for_another(
     plain.create("x", SMALL)
     storage = S3Storage(proxied_url)
     assert storage.list("nothing") == []
-    with s3_proxy.during(Fault("stall", "GET", "/x$")) as stalled, within(4.0):
+    with s3_proxy.during(Fault("stalled", "GET", "/x$")) as stalled, within(4.0):
         assert storage.read("x") == SMALL
     assert stalled.happened == 1
 

@@ -156,7 +156,7 @@ class Bucket:
             body = bytes(data) if len(data) <= _AT_A_STRETCH_BYTES else io.BytesIO(data)
             return self._client.request(method, {**arguments, "Body": body})
 
-        return await self._client.attempt(send, patience, size=len(data))
+        return await self._client.attempt(send, patience, size=len(data), is_upload=True)
 
     async def _upload(
         self, key: str, data: memoryview, patience: Patience, condition: Mapping[str, str]

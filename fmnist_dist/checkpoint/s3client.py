@@ -115,14 +115,22 @@ class S3Client:
         patience: Patience,
         *,
         size: int = 0,
+        is_upload: bool = False,
         again: Collection[Meaning] = _AGAIN,
     ) -> T:
-        """Try until it succeeds, what went wrong is not in `again`, or the time is over."""
+        """Try until it succeeds, what went wrong is not in `again`, or the time is over.
+
+        `size` is how many bytes go or come at most.
+        """
         tries, began = 0, time.monotonic()
         said: BaseException | None = None
         while True:
             tries += 1
-            seconds = _seconds_of_try(size, left=patience.left)
+            seconds = limits.STORAGE_REQUEST_SECONDS + _seconds_of(size)
+            if patience.left < limits.STORAGE_REQUEST_SECONDS and not is_upload:
+                # A dead connection must not take all the time of a drain; only bytes may need it.
+                seconds = max(limits.LAST_TRY_SECONDS, patience.left / 2)
+            seconds = min(seconds, patience.left)
             try:
                 async with asyncio.timeout(seconds):
                     answer = await request()
@@ -218,13 +226,6 @@ def _open(session: AioSession | None) -> S3FileSystem:
     )
     files.retries = 1
     return files
-
-
-def _seconds_of_try(size: int, *, left: float) -> float:
-    """Return how long one try may take. A dead connection must not take all the time of a drain."""
-    if size == 0:
-        left = min(left, max(limits.LAST_TRY_SECONDS, left / 2))
-    return min(left, limits.STORAGE_REQUEST_SECONDS + _seconds_of(size))
 
 
 def _seconds_of(size: int) -> float:
