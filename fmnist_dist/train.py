@@ -78,6 +78,8 @@ def _run() -> int:
         logging.getLogger().addHandler(LastWords(words))
     # Before torch and NumPy are imported: threads must not cross the keeper's fork.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A page of C++ frames for each lost connection is a warning of torch's. We say it in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's, at its import; it has nothing to multiply
     return _code_of(lambda: _keep(launch, faults, phases))
 

@@ -9,6 +9,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
+DRAINED=143 # of the agent: its workers have saved
+
 main() {
   set_up run
   local flag
@@ -16,7 +18,7 @@ main() {
     [[ $flag != --help && $flag != -h ]] || exec "$PYTHON_IN_VENV" -m fmnist_dist.train --help
   done
 
-  # Before any worker starts: torchrun would turn every exit code into 1.
+  # Before anything that takes seconds.
   local config logical_shards run_dir extra
   config=$("$PYTHON_IN_VENV" -m fmnist_dist.settings "$@")
   logical_shards=$(setting "$config" logical_shards)
@@ -39,10 +41,10 @@ print(extra_of(sys.argv[1]))' "$run_dir")
   train "$workers" "$@" || code=$?
   if ((code == 0)); then
     report "$config" "$run_dir" "$@" || say "training has finished, but its run could not be read"
-  elif [[ -n $signalled ]]; then
-    say "stopped on $signalled; the same command goes on with the last finished step"
+  elif [[ -n $signalled || $code == "$DRAINED" ]]; then
+    say "stopped on ${signalled:-a signal}; the same command goes on with the last finished step"
   elif ((code > 128)); then
-    say "torchrun was ended by SIG$(kill -l "$code"), with its workers;" \
+    say "the agent was ended by SIG$(kill -l "$code"), with its workers;" \
       "the same command goes on with the newest checkpoint"
   else
     say "training failed (exit code $code): the first error above says why;" \
@@ -63,15 +65,15 @@ place() { # place RUN_DIR
   esac
 }
 
-# Runs torchrun on a port of its own, so that two runs may go on side by side; on 127.0.0.1, since
+# Runs the agent on a port of its own, so that two runs may go on side by side; on 127.0.0.1, since
 # not every machine can resolve its own name. Job control gives it a process group of its own, so
 # that Ctrl-C reaches it once, from here, and a signal to this script alone reaches it at all.
 train() { # train WORKERS FLAGS...
   local workers=$1 child signal code
   shift
   set -m
-  OMP_NUM_THREADS=1 "$PYTHON_IN_VENV" -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
-    --nproc_per_node="$workers" --max-restarts=100 -m fmnist_dist.train "$@" </dev/null &
+  OMP_NUM_THREADS=1 "$PYTHON_IN_VENV" -m launch.agent --standalone --local-addr=127.0.0.1 \
+    --nproc-per-node="$workers" --max-restarts=100 -m fmnist_dist.train "$@" </dev/null &
   child=$!
   set +m
   for signal in INT TERM HUP; do

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fmnist_dist.errors import ExitCode
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / ".ci" / "run"]
 
@@ -20,8 +22,8 @@ case "$*" in
   'logical_shards = 3' 'epochs = 8' "max_steps = ${MAX_STEPS:-\\"none\\"}" ;;
 "-m fmnist_dist.runs show my \\"runs\\" --json")
   echo '{"run": "r", "status": "finished", "step": 940, "metrics": {"test_accuracy": 0.91239}}' ;;
-"-m torch.distributed.run"*)
-  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS torchrun ${*:3}"
+"-m launch.agent"*)
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS agent ${*:3}"
   [[ -z ${WAITS:-} ]] || exec "$REAL_PYTHON" -c "$WAITS"
   exit "${TRAIN_CODE:-0}" ;;
 -c*) exec "$REAL_PYTHON" "$@" ;;
@@ -102,10 +104,10 @@ def test_training_gets_the_flags_on_one_worker_per_core_but_no_more_than_shards(
 ) -> None:
     nproc = executable(local.folder / "nproc", "#!/bin/bash\necho 64\n")
     _, output, _ = local.run("--lr", "0.1 2", PATH=f"{nproc.parent}:{os.environ['PATH']}")
-    assert output[0].startswith("OMP_NUM_THREADS=1 torchrun --standalone")
-    assert "--nproc_per_node=3 --max-restarts=100 -m fmnist_dist.train --lr 0.1 2" in output[0]
+    assert output[0].startswith("OMP_NUM_THREADS=1 agent --standalone")
+    assert "--nproc-per-node=3 --max-restarts=100 -m fmnist_dist.train --lr 0.1 2" in output[0]
     _, output, _ = local.run(NPROC_PER_NODE="2")
-    assert "--nproc_per_node=2 " in output[0]
+    assert "--nproc-per-node=2 " in output[0]
 
 
 @pytest.mark.parametrize(
@@ -131,11 +133,21 @@ def test_the_exit_code_of_training_is_passed_through_with_one_line_of_advice(loc
     assert "failed (exit code 78)" in errors[1]
 
 
-def test_a_torchrun_that_was_killed_is_not_looked_for_among_the_errors(local: Local) -> None:
+def test_an_agent_that_somebody_has_stopped_has_saved(local: Local) -> None:
+    code, _, errors = local.run(TRAIN_CODE=str(int(ExitCode.DRAINED)))
+    assert code == ExitCode.DRAINED
+    assert errors[-1].endswith(
+        "stopped on a signal; the same command goes on with the last finished step"
+    )
+
+
+def test_an_agent_that_was_killed_is_not_looked_for_among_the_errors(local: Local) -> None:
     waits = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     code, _, errors = local.run(WAITS=waits)
     assert code == 128 + signal.SIGKILL
-    assert "torchrun was ended by SIGKILL, with its workers; the same command goes on" in errors[-1]
+    assert (
+        "the agent was ended by SIGKILL, with its workers; the same command goes on" in errors[-1]
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

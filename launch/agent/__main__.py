@@ -9,6 +9,8 @@ notices = Notices()
 # Without it torch 2.14.1 tells a newcomer no address (docs/decisions/0007-several-hosts.md). Read
 # from the environment, here and by workers.
 os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+# A page of C++ frames for each lost connection is a warning of torch's. We say it in a line.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from launch.agent.life import live  # noqa: E402 - after the handlers stand
 
