@@ -107,8 +107,8 @@ SILENT: dict[str, tuple[int, str]] = {
     "launch/agent/progress.py::Progress.look": (1, "told the first time; what was known stays"),
     "fmnist_dist/telemetry/lastwords.py::LastWords.emit": (1, "`handleError` prints it"),
     "launch/launched.py::kill": (1, "the answer: nobody was there"),
-    "launch/launched.py::state": (1, "the answer: no process"),
-    "launch/launched.py::children": (1, "ended while it was looked at"),
+    "launch/launched.py::children": (1, "the answer: it has ended, and has none"),
+    "launch/launched.py::_read": (1, "the answer: ended while it was looked at"),
     # Nothing to read in a pipe that does not block.
     "fmnist_dist/distributed/stop.py::StopRequest.read": (1, "no signal has come"),
     "fmnist_dist/keeper/keep.py::Keeper._hear": (1, "no signal has come"),
