@@ -11,16 +11,22 @@ from typing import NoReturn
 
 from torch.distributed import run as torchrun
 from torch.distributed.argparse_util import env
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
 from fmnist_dist import settings
 from fmnist_dist.config import Config
 from fmnist_dist.errors import UsageError
+from launch.agent.rendezvous import parameters
 
 CRASH_LOOP = 5
 _TRAIN = "fmnist_dist.train"
 _STANDALONE = "localhost:0"
 _PORTS = range(65536)
+_UNHEARD = {signal.SIGKILL, signal.SIGSTOP}
+# Of --rdzv-conf: torch reads them when it connects, which is on a thread and later.
+_NUMBERS = ["join_timeout", "last_call_timeout", "close_timeout", "heartbeat_timeout"]
+_NUMBERS += ["keep_alive_interval", "keep_alive_max_attempt", "read_timeout"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +68,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(f"torchrun's flags: {error}") from error
     assert isinstance(program, str)
+    _check_rendezvous(launch)
     is_training = found.module and found.training_script == _TRAIN
     config = settings.load(found.training_script_args, environ).config if is_training else None
     return Arguments(
@@ -105,10 +112,10 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
 
 
 def _signals(names: str) -> tuple[signal.Signals, ...]:
-    known = {each.name: each for each in signal.Signals}
+    known = {each.name: each for each in signal.Signals if each not in _UNHEARD}
     words = [name.strip() for name in names.split(",") if name.strip()]
     if wrong := [word for word in words if word not in known]:
-        raise UsageError(f"flag --signals-to-handle: there is no signal {wrong[0]}")
+        raise UsageError(f"flag --signals-to-handle: {wrong[0]} is no signal that can be handled")
     return tuple(known[word] for word in words)
 
 
@@ -131,6 +138,25 @@ def _check(found: argparse.Namespace) -> None:
         raise UsageError(
             f"flag --crash-loop-budget: found {found.crash_loop_budget}, "
             f"expected a whole number above 0"
+        )
+
+
+def _check_rendezvous(launch: LaunchConfig) -> None:
+    """Read the settings of the rendezvous as torch will."""
+    found = parameters(launch, launch.run_id)
+    try:
+        parse_rendezvous_endpoint(found.endpoint, default_port=0)
+    except ValueError as error:
+        raise UsageError(f"flag --rdzv-endpoint: {error}") from error
+    try:
+        found.get_as_bool("is_host")
+        numbers = {name: found.get_as_int(name, 1) or 0 for name in _NUMBERS}
+    except ValueError as error:
+        raise UsageError(f"flag --rdzv-conf: {error}") from error
+    if wrong := [name for name, number in numbers.items() if number < 1]:
+        raise UsageError(
+            f"flag --rdzv-conf: found {wrong[0]}={numbers[wrong[0]]}, "
+            "expected a whole number above 0"
         )
 
 
