@@ -104,7 +104,6 @@ SILENT: dict[str, tuple[int, str]] = {
     "launch/agent/orphans.py::reap": (1, "there is no child to bury"),
     "launch/agent/workers.py::Workers.signal": (1, "ended meanwhile: `ended` sees how"),
     "launch/agent/workers.py::_last_words": (1, "the answer: it has said nothing about its end"),
-    "launch/agent/progress.py::Progress.look": (1, "told the first time; what was known stays"),
     "fmnist_dist/telemetry/lastwords.py::LastWords.emit": (1, "`handleError` prints it"),
     "launch/launched.py::kill": (1, "the answer: nobody was there"),
     "launch/launched.py::children": (1, "the answer: it has ended, and has none"),

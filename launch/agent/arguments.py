@@ -107,7 +107,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
         action=env,
         type=int,
         default=CRASH_LOOP,
-        help="So many rounds in a row without a newer step end with exit code 70.",
+        help="So many rounds in a row without a newer step end with 70, or 75 for what may pass.",
     )
 
 
