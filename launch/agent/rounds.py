@@ -23,11 +23,12 @@ from launch.agent import limits, outcome
 from launch.agent.arguments import Arguments
 from launch.agent.aside import aside
 from launch.agent.budget import Budget
-from launch.agent.connection import Connection, failure
+from launch.agent.connection import Connection
 from launch.agent.notices import Notices
 from launch.agent.orphans import reap
 from launch.agent.outcome import Ended, Ending, Next
 from launch.agent.progress import Progress
+from launch.agent.rendezvous import failure
 from launch.agent.workers import Workers
 
 _MEETINGS = 3  # for so many of torch's `join_timeout` a rendezvous is tried
@@ -240,7 +241,7 @@ class Rounds:
     def _leave(self) -> None:
         """Tell the others that this node is gone, if that takes no time."""
         link = self._connection.link
-        if link is None or link.is_lost:
+        if link is None:
             return
         leaving = link.leave()
         deadline = time.monotonic() + limits.LEAVE_SECONDS
