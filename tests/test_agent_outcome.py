@@ -1,5 +1,6 @@
 """What the agent makes of exit codes, and how it ends: each case as processes, none of torch's."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from agent import ALONE, agent_code
+from agent import ALONE, Agent, agent_code
 from jobs import ROOT
 
 from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.storage import Storage
-from fmnist_dist.errors import ExitCode
-from launch.agent import limits, outcome
+from fmnist_dist.errors import ExitCode, IncompatibleError
+from launch.agent import arguments, limits, outcome
 from launch.agent.arguments import parse
 from launch.agent.budget import Budget
 from launch.agent.notices import SIGNALS, Notices
@@ -158,6 +159,24 @@ def test_wrong_usage_is_one_line_and_64(wrong: tuple[str, ...], said: str, tmp_p
     assert lines[-1].endswith("exit_code=64")
     assert json.loads((tmp_path / "message").read_text())["fault"] == "the command line"
     assert sum("exit_code=" in line for line in lines) == 1
+
+
+def test_a_torch_that_the_agent_does_not_know_is_one_line_and_78(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with Agent(tmp_path, *ALONE, WORKER, "x", "0", PYTHONPATH=path) as agent:
+        assert agent.end() == ExitCode.INCOMPATIBLE == 78
+        (line,) = agent.text().splitlines()
+        assert "the agent cannot use this torch: No module named 'torch.distributed'" in line
+        assert agent.post_mortem()["exit_code"] == 78
+
+
+def test_an_older_torch_is_refused_by_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = dataclasses.make_dataclass("LaunchConfig", ["numa_options", "signals_to_handle"])
+    monkeypatch.setattr(arguments, "LaunchConfig", older)
+    with pytest.raises(IncompatibleError, match="has no shutdown_timeout, virtual_local_rank;"):
+        parse([*ALONE, WORKER], {})
 
 
 def test_a_post_mortem_that_cannot_be_written_changes_no_exit_code(tmp_path: Path) -> None:

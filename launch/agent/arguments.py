@@ -5,10 +5,11 @@ import re
 import signal
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from torch.distributed import run as torchrun
 from torch.distributed.argparse_util import env
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
@@ -16,13 +17,14 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from fmnist_dist import settings
 from fmnist_dist.config import Config
-from fmnist_dist.errors import UsageError
+from fmnist_dist.errors import IncompatibleError, UsageError
 from launch.agent.rendezvous import parameters
 
 CRASH_LOOP = 5
 _TRAIN = "fmnist_dist.train"
 _STANDALONE = "localhost:0"
 _PORTS = range(65536)
+_NEWEST = {"numa_options", "signals_to_handle", "virtual_local_rank", "shutdown_timeout"}
 _UNHEARD = {signal.SIGKILL, signal.SIGSTOP}
 # Of --rdzv-conf: torch reads them when it connects, which is on a thread and later.
 _NUMBERS = ["join_timeout", "last_call_timeout", "close_timeout", "heartbeat_timeout"]
@@ -51,8 +53,10 @@ class Arguments:
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
     """Return what flags and `PET_*` variables ask for.
 
-    Raises UsageError, with one line, before anything is started; `--help` raises SystemExit.
+    Raises UsageError and IncompatibleError, with one line, before anything is started; `--help`
+    raises SystemExit.
     """
+    _check_torch()
     parser = torchrun.get_args_parser()
     parser.prog = "launch.agent"
     parser.usage = "python -m launch.agent [flags of torchrun and of the agent] -m MODULE [args]"
@@ -81,6 +85,15 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
         termination_log=Path(found.termination_log) if found.termination_log else None,
         crash_loop_budget=found.crash_loop_budget,
     )
+
+
+def _check_torch() -> None:
+    """See that torch's launcher has what is asked of it here."""
+    if missing := sorted(_NEWEST - {each.name for each in fields(LaunchConfig)}):
+        raise IncompatibleError(
+            f"the agent needs a newer torch: the launcher of {torch.__version__} has no "
+            f"{', '.join(missing)}; torchrun itself works with it"
+        )
 
 
 def _add_own(parser: argparse.ArgumentParser) -> None:
