@@ -169,7 +169,7 @@ def test_the_real_command_finishes_is_refused_and_tells_its_progress(tmp_path: P
             return numbers if numbers.get("fmnist_dist_checkpoint_step", 0) >= 3 else {}
 
         numbers = wait_for(told, "metrics of the run")
-        assert numbers["fmnist_dist_train_steps_total"] >= numbers["fmnist_dist_checkpoint_step"]
+        assert numbers["fmnist_dist_step"] >= numbers["fmnist_dist_checkpoint_step"]
         assert numbers["fmnist_dist_attempt"] == 1
         agent.signal()
         assert agent.end() == 143, agent.text()

@@ -71,9 +71,8 @@ class Metrics:
         reached = self._progress.latest if self._progress is not None else None
         if reached is None:
             return
-        yield CounterMetricFamily(
-            f"{_PREFIX}_train_steps", "Finished steps of the run.", value=reached.step
-        )
+        # No counter: where steps are lost or rolled back it goes down, which is not a reset to 0.
+        yield _gauge("step", "Newest finished step of the run.", reached.step)
         yield _gauge("attempt", "The newest attempt of the run.", reached.attempt)
         if reached.checkpoint_step is not None:
             yield _gauge(
