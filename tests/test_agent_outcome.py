@@ -5,25 +5,30 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 from agent import ALONE, Agent, agent_code
 from jobs import ROOT
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from fmnist_dist.checkpoint.place import Place
 from fmnist_dist.checkpoint.storage import Storage
 from fmnist_dist.errors import ExitCode, IncompatibleError
-from launch.agent import arguments, limits, outcome
+from launch.agent import arguments, limits, metrics, outcome
 from launch.agent.arguments import parse
 from launch.agent.budget import Budget
 from launch.agent.notices import SIGNALS, Notices
 from launch.agent.outcome import Ended, Ending, Next
 from launch.agent.postmortem import LIMIT_BYTES, PostMortem, termination_log_of
 from launch.agent.progress import Progress, Reached
+from launch.agent.rendezvous import Link
 from launch.agent.rounds import Rounds
+from launch.agent.workers import Workers
 
 WORKER = str(ROOT / "tests" / "agent_worker.py")
 
@@ -230,6 +235,48 @@ def test_a_worker_fenced_while_the_agent_was_out_of_touch_gets_another_look() ->
 )
 def test_after_a_notice_143_means_that_all_is_saved(codes: list[int], expected: int) -> None:
     assert outcome.after_notice(ended(*codes)) == expected
+
+
+class Kept(SubprocessContext):
+    """A worker that is in the kernel, and that no signal ends."""
+
+    def __init__(self) -> None:
+        self.error_files = {0: "/nowhere"}
+        self.subprocess_handlers = {0: self}  # type: ignore[dict-item]
+        self.proc = self
+        self.pid = 0
+
+    def poll(self) -> None:
+        return None
+
+    def close(self, *_: object) -> None:
+        """Give up waiting, as torch does."""
+
+
+def test_a_worker_that_no_signal_ends_counts_as_killed() -> None:
+    workers = Workers(parse([*ALONE, WORKER], {}), cast(Link, None))
+    workers._pcontext = Kept()
+    assert workers.ended() == []
+    workers.close()
+    assert [each.code for each in workers.ended()] == [137]
+
+
+@pytest.mark.parametrize(
+    ("num_notices", "silent_seconds", "world_size", "expected"),
+    [
+        (0, 0, 2, "200 OK: training"),
+        (0, 0, 0, "200 OK: waiting for the other agents"),
+        (1, 0, 2, "503 Service Unavailable: draining"),
+        (0, 31, 2, "503 Service Unavailable: the agent's loop stands still for 31 s"),
+    ],
+)
+def test_an_agent_that_drains_or_whose_loop_stands_still_is_not_healthy(
+    num_notices: int, silent_seconds: float, world_size: int, expected: str
+) -> None:
+    ticked_at = time.monotonic() - silent_seconds
+    rounds = SimpleNamespace(ticked_at=ticked_at, is_training=world_size > 0)
+    notices = SimpleNamespace(count=num_notices)
+    assert ": ".join(metrics.health(rounds, notices)) == expected  # type: ignore[arg-type]
 
 
 def test_every_code_names_a_fault() -> None:

@@ -118,6 +118,10 @@ class Workers(LocalElasticAgent):
         if (context := self._context()) is not None:
             context.close(signal.SIGKILL, limits.KILL_SECONDS)
             self.ended()
+            # Those that the kernel keeps even so are not waited for: killed is what they are.
+            for local_rank in context.subprocess_handlers.keys() - self._ended.keys():
+                rank = self._worker_group.workers[local_rank].global_rank
+                self._ended[local_rank] = Ended(rank=rank, status=-signal.SIGKILL)
             self._pcontext = None
 
     def _context(self) -> SubprocessContext | None:
