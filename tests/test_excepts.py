@@ -117,7 +117,7 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/checkpoint/failure.py::_read": (1, "none, or cut off by a kill: no verdict"),
     "fmnist_dist/telemetry/bar.py::BarProgress._draw": (1, "the terminal has gone, not the run"),
     "fmnist_dist/telemetry/bar.py::BarProgress._end": (1, "the terminal has gone, not the run"),
-    "fmnist_dist/inspection/command.py::run_command": (2, "exit codes: reader gone, interrupted"),
+    "fmnist_dist/command.py::run_command": (2, "exit codes: reader gone, interrupted"),
     "fmnist_dist/inspection/export.py::_write": (1, "leftovers: the error itself is raised on"),
 }
 
