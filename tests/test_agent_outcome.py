@@ -5,11 +5,13 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 from agent import ALONE, Agent, agent_code
@@ -28,7 +30,7 @@ from launch.agent.postmortem import LIMIT_BYTES, PostMortem, termination_log_of
 from launch.agent.progress import Progress, Reached
 from launch.agent.rendezvous import Link
 from launch.agent.rounds import Rounds
-from launch.agent.workers import Workers
+from launch.agent.workers import Workers, _last_words
 
 WORKER = str(ROOT / "tests" / "agent_worker.py")
 
@@ -277,6 +279,49 @@ def test_an_agent_that_drains_or_whose_loop_stands_still_is_not_healthy(
     rounds = SimpleNamespace(ticked_at=ticked_at, is_training=world_size > 0)
     notices = SimpleNamespace(count=num_notices)
     assert ": ".join(metrics.health(rounds, notices)) == expected  # type: ignore[arg-type]
+
+
+def test_what_torch_starts_beside_workers_ends_with_their_round() -> None:
+    """Else each round would leave a thread of its file timer, which kills by process number."""
+    ends: list[str] = []
+    workers = Workers(parse([*ALONE, WORKER], {}), cast(Link, None))
+    workers._pcontext = Kept()
+    workers._worker_watchdog = SimpleNamespace(stop=lambda: ends.append("timer"))
+    workers.close()
+    assert ends == ["timer"]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('{"message": "seed differs"}', "seed differs"),
+        ('{"message": {"message": "OSError: full", "extraInfo": {}}}', "OSError: full"),
+        ('{"message": "healed", "exit_code": 75}', ""),
+        ("[]", ""),
+        ('{"message": {}}', ""),
+        ('{"mess', ""),
+        ("", ""),
+    ],
+)
+def test_whatever_a_worker_has_written_last_is_read_or_let_alone(
+    written: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "error.json").write_text(written)
+    assert _last_words(str(tmp_path / "error.json"), 78) == expected
+
+
+def test_who_asks_nothing_of_the_metrics_port_is_left_and_does_not_fill_the_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert metrics._Silent.timeout == limits.SCRAPE_SECONDS
+    monkeypatch.setattr(metrics._Silent, "timeout", 0.1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    metrics.serve(port, metrics.Metrics, Mock(), Mock())  # type: ignore[arg-type]
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as silent:
+        assert silent.recv(1) == b""
+    assert capfd.readouterr().err == ""
 
 
 def test_every_code_names_a_fault() -> None:
