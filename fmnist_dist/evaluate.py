@@ -10,32 +10,27 @@ from cyclopts import App, Group, Parameter
 
 from fmnist_dist import config as configuration
 from fmnist_dist.checkpoint.restore import read_newest
+from fmnist_dist.command import run_command
 from fmnist_dist.config import Config
 from fmnist_dist.errors import DataDamagedError, UsageError
-from fmnist_dist.inspection.command import run_command
 from fmnist_dist.inspection.foundrun import FoundRun, find_run
 from fmnist_dist.inspection.summary import settings_in_force
 from fmnist_dist.rule import InvalidSettingError
 from fmnist_dist.telemetry import events
-from fmnist_dist.usage import columns
+from fmnist_dist.usage import new_app
 
 _FLAGS = Group("Flags")
 
 
 def make_app() -> App:
-    app = App(
-        name="fmnist_dist.evaluate",
+    return new_app(
+        "fmnist_dist.evaluate",
         default_command=evaluate,
         usage=r"Usage: python -m fmnist_dist.evaluate RUN \[flags]",
         help="Evaluate a run's newest valid checkpoint on the test set.",
-        help_format="plaintext",
-        help_formatter=columns,
         group_commands=_FLAGS,
         group_parameters=_FLAGS,
-        version_flags=[],
     )
-    app["--help"].help = "print this page"
-    return app
 
 
 def evaluate(

@@ -13,29 +13,25 @@ from cyclopts import App, Group, Parameter
 
 from fmnist_dist.checkpoint.sweep import CHECKPOINTS, prune
 from fmnist_dist.checkpoint.verify import Findings, verify
+from fmnist_dist.command import run_command
 from fmnist_dist.errors import DataDamagedError, ExitCode
-from fmnist_dist.inspection.command import run_command
 from fmnist_dist.inspection.foundrun import FoundRun, find_run
 from fmnist_dist.inspection.page import columns as aligned
 from fmnist_dist.inspection.page import path, show_page
 from fmnist_dist.inspection.summary import summarise
-from fmnist_dist.usage import columns
+from fmnist_dist.usage import new_app
 
 Run = Annotated[str, Parameter(help="path or URL of the run's folder")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="for machines")]
 
 
 def make_app() -> App:
-    app = App(
-        name="fmnist_dist.runs",
+    app = new_app(
+        "fmnist_dist.runs",
         usage="Usage: python -m fmnist_dist.runs COMMAND RUN",
         help="Look at runs of fmnist_dist.train.",
-        help_format="plaintext",
-        help_formatter=columns,
         group_commands=Group("Commands"),
-        version_flags=[],
     )
-    app["--help"].help = "print this page"
     for command, usage in (
         (show, r"show RUN \[--json]"),
         (verify_, "verify RUN"),

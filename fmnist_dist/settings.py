@@ -19,7 +19,7 @@ from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 from fmnist_dist.config import AUTO, RUN, Config, Value, to_json
 from fmnist_dist.errors import FmnistDistError, UsageError
 from fmnist_dist.rule import InvalidSettingError
-from fmnist_dist.usage import columns, did_you_mean, printable, run_app, shown
+from fmnist_dist.usage import did_you_mean, new_app, printable, run_app, shown
 
 PREFIX = "FMNIST_DIST_"
 # Known names with the prefix that are no settings, and why.
@@ -60,19 +60,15 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Launch:
     Raises UsageError with one line that names the source; `--help` prints and raises SystemExit.
     """
     sources: dict[str, str] = {}
-    app = App(
-        name="fmnist_dist.train",
+    app = new_app(
+        "fmnist_dist.train",
         default_command=_settings,
         config=(partial(_add_environment, environ), _add_file, partial(_note_sources, sources)),
         usage=_USAGE,
         help="Train on Fashion-MNIST; the same command resumes a run that exists.",
         help_epilogue=_EPILOGUE,
-        help_format="plaintext",
-        help_formatter=columns,
         group_commands=RUN,
-        version_flags=[],
     )
-    app["--help"].help = "print this page"
     try:
         config = run_app(app, argv)
     except InvalidSettingError as error:

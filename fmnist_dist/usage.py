@@ -1,7 +1,8 @@
 """How every command speaks to its user: one-line usage errors, and help pages of aligned columns.
 
-Commands are cyclopts Apps. Cyclopts would print errors as panels and exit with 2; `run_app` raises
-`UsageError` instead, which ends every command of this package with one line and exit code 64.
+Commands are cyclopts Apps, made by `new_app`. Cyclopts would print errors as panels and exit with
+2; `run_app` raises `UsageError` instead, which ends every command of this package with one line and
+exit code 64.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,13 @@ if TYPE_CHECKING:  # 15 ms at every start, for pages that are rarely printed
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
 _FOUND_WIDTH = 80  # characters of a wrong value that are worth repeating
 _NAMES_WIDTH = 33  # columns: "--max-unsaved-seconds SECONDS" and a margin of two
+
+
+def new_app(name: str, **more: Any) -> App:
+    """Return a command whose help pages look like those of all others here."""
+    app = App(name=name, help_format="plaintext", help_formatter=columns, version_flags=[], **more)
+    app["--help"].help = "print this page"
+    return app
 
 
 def run_app(app: App, argv: Sequence[str]) -> Any:

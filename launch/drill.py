@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Protocol
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from fmnist_dist.checkpoint.place import Place
+from fmnist_dist.command import run_command
 from fmnist_dist.errors import ExitCode, UsageError
-from fmnist_dist.inspection.command import run_command
-from fmnist_dist.usage import columns
-from launch.launched import HangError, Launched, advanced, has_passed, kill, reached, state
+from fmnist_dist.usage import new_app
+from launch.launched import DEAD, HangError, Launched, advanced, has_passed, kill, reached, state
 from launch.verdict import Struck, judge, show, tell
 
 _FENCED = f"exit_code={int(ExitCode.FENCED)}"
@@ -88,7 +88,7 @@ class Drill:
         if not hit:
             return None if job.has_ended else self.strike()
         if what.startswith("kill"):
-            job.wait_for(lambda: all(state(each) in {"", "Z", "X"} for each in hit), "the deaths")
+            job.wait_for(lambda: all(state(each) in DEAD for each in hit), "the deaths")
         if what.endswith("agent"):
             job.await_end("the agent's end")
             time.sleep(0.1)  # its workers die with it; a fenced one would do no harm
@@ -241,15 +241,8 @@ def _worlds(text: str) -> list[int]:
 
 
 def main() -> int:
-    app = App(
-        name="launch.drill",
-        usage=r"Usage: python -m launch.drill \[flags]",
-        default_command=drill,
-        help_format="plaintext",
-        help_formatter=columns,
-        version_flags=[],
-    )
-    app["--help"].help = "print this page"
+    usage = r"Usage: python -m launch.drill \[flags]"
+    app = new_app("launch.drill", usage=usage, default_command=drill)
     return run_command(app, sys.argv[1:])
 
 

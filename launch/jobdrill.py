@@ -117,9 +117,10 @@ class JobDrill:
         return self.controller.condition is not None
 
     def _hit(self, what: str, pod: Pod) -> bool:
+        """Do it to a pod; return whether something ran there."""
+        if not self.pods.processes(pod):
+            return False
         if what in _WITH_NOTICE:
-            if not self.pods.processes(pod):
-                return False
             pod.is_deleted = True  # the API server's deletionTimestamp
             self._noticed.append(pod)
             (self.pods.evict if what == "preempt a pod" else self.pods.stop)(pod)

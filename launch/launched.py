@@ -13,6 +13,7 @@ from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.place import Place
 
 LIMIT_SECONDS = 180.0  # of one wait: what takes longer hangs
+DEAD = {"", "Z", "X"}  # what `state` says of a process that runs nothing any more
 _POLL_SECONDS = 0.002
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,7 +103,7 @@ def advanced(run: Place) -> bool:
 
 def kill(process: int, number: signal.Signals) -> bool:
     """Send a signal; return whether a living process got it."""
-    if state(process) in {"", "Z", "X"}:
+    if state(process) in DEAD:
         return False
     try:
         os.kill(process, number)
@@ -113,21 +114,27 @@ def kill(process: int, number: signal.Signals) -> bool:
 
 def state(process: int) -> str:
     """Return the letter of /proc/PID/stat; "" for no process."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
+    return _read(Path(f"/proc/{process}/stat")).rpartition(")")[2][1:2]
 
 
 def children(parent: int, name: str | None = None) -> list[int]:
-    found = []
+    """Return the living children of a process, of that name if one is given."""
+    found: list[int] = []
     try:
         tasks = list(Path(f"/proc/{parent}/task").iterdir())
-        for task in tasks:
-            for child in (task / "children").read_text().split():
-                comm = Path(f"/proc/{child}/comm").read_text().strip()
-                if name in {None, comm} and state(int(child)) != "Z":
-                    found.append(int(child))
-    except OSError:  # ended while it was looked at
-        pass
+    except OSError:  # it has ended
+        return found
+    for task in tasks:
+        for child in map(int, _read(task / "children").split()):
+            comm = _read(Path(f"/proc/{child}/comm")).strip()
+            if name in {None, comm} and state(child) not in DEAD:
+                found.append(child)
     return sorted(found)
+
+
+def _read(path: Path) -> str:
+    """Return what /proc says; "" for a thread or process that has ended meanwhile."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

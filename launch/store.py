@@ -11,9 +11,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from fmnist_dist.command import run_command
 from fmnist_dist.errors import TransientError, UsageError
-from fmnist_dist.inspection.command import run_command
-from fmnist_dist.usage import columns
+from fmnist_dist.usage import new_app
 
 _PORTS = range(1, 65536)
 
@@ -42,16 +42,11 @@ def serve(
 
 
 def make_app() -> App:
-    app = App(
-        name="launch.store",
+    return new_app(
+        "launch.store",
         usage=r"Usage: python -m launch.store \[flags]",
         default_command=serve,
-        help_format="plaintext",
-        help_formatter=columns,
-        version_flags=[],
     )
-    app["--help"].help = "print this page"
-    return app
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from in_process import clean_environ
-from jobs import LIMIT_SECONDS, ROOT, alive, log_beside, reached, wait_for
+from jobs import LIMIT_SECONDS, ROOT, alive, files_of_newest, log_beside, reached, wait_for
 from run_files import Folder
 
 from fmnist_dist.checkpoint.hint import read_hints
@@ -92,3 +92,11 @@ class Alone:
         finally:
             self.process.kill()
         return code, self.text()
+
+
+def files_of_undisturbed(folder: Path, *flags: str) -> dict[str, str]:
+    """Train in a new folder, in a world of one; return the files of the newest checkpoint."""
+    run = folder / "run"
+    code, text = Alone(run, *flags).end()
+    assert code == 0, text
+    return files_of_newest(run)

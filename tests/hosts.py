@@ -34,13 +34,6 @@ SHORT_LIMITS = (
 )
 RULES = {"in": ["INPUT"], "out": ["OUTPUT"], "both": ["INPUT", "OUTPUT"]}
 
-_SERVE = """
-import signal, sys, torch.distributed as dist
-server = dist.TCPStore("0.0.0.0", int(sys.argv[1]), is_master=True, wait_for_workers=False)
-print("serving", flush=True)
-signal.pause()
-"""
-
 
 def missing() -> str:
     """Return what this machine lacks for hosts of its own; "" for nothing."""
@@ -223,7 +216,7 @@ class Launch:
     def serve(self) -> None:
         """Start the store of the rendezvous, and see it serve: an empty one each time."""
         before = self.store.text().count("serving")
-        serve = [sys.executable, "-c", _SERVE, str(_PORT)]
+        serve = [sys.executable, "-m", "launch.store", f"--port={_PORT}"]
         self.store.start(serve, log=self.run.parent / "store.log", environ=self._environ)
         wait_for(lambda: self.store.text().count("serving") > before, "the store")
 

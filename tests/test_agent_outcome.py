@@ -1,19 +1,36 @@
 """What the agent makes of exit codes, and how it ends: each case as processes, none of torch's."""
 
+import dataclasses
 import json
 import os
 import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+from unittest.mock import Mock
 
 import pytest
-from agent import ALONE, agent_code
+from agent import ALONE, Agent, agent_code
 from jobs import ROOT
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-from fmnist_dist.errors import ExitCode
-from launch.agent import limits, outcome
+from fmnist_dist.checkpoint.place import Place
+from fmnist_dist.checkpoint.storage import Storage
+from fmnist_dist.errors import ExitCode, IncompatibleError
+from launch.agent import arguments, limits, metrics, outcome
+from launch.agent.arguments import parse
 from launch.agent.budget import Budget
+from launch.agent.notices import SIGNALS, Notices
 from launch.agent.outcome import Ended, Ending, Next
 from launch.agent.postmortem import LIMIT_BYTES, PostMortem, termination_log_of
+from launch.agent.progress import Progress, Reached
+from launch.agent.rendezvous import Link
+from launch.agent.rounds import Rounds
+from launch.agent.workers import Workers, _last_words
 
 WORKER = str(ROOT / "tests" / "agent_worker.py")
 
@@ -87,14 +104,23 @@ def test_a_worker_that_lost_its_peers_or_was_drained_joins_again_free_of_charge(
     assert (code, num_rounds(tmp_path)) == (0, 3)
 
 
-@pytest.mark.parametrize("word", ["1", "79"])
-def test_rounds_without_progress_end_with_a_verdict(word: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("word", "expected", "fault"),
+    [
+        ("1", 70, "the settings or the program"),
+        ("79", 70, "the settings or the program"),
+        ("75", 75, "storage, network or rendezvous"),  # which may come back: no end of the Job
+    ],
+)
+def test_rounds_without_progress_end_with_a_verdict(
+    word: str, expected: int, fault: str, tmp_path: Path
+) -> None:
     flags = ("--max-restarts=100", "--crash-loop-budget=2")
     code, message = run(tmp_path, word, flags=flags)
-    assert code == ExitCode.NO_PROGRESS == 70
+    assert code == expected
     assert num_rounds(tmp_path) == 2
     assert str(message["reason"]).startswith("2 rounds without a newer step")
-    assert message["fault"] == "the settings or the program"
+    assert message["fault"] == fault
 
 
 def test_the_last_words_of_a_worker_reach_the_post_mortem_without_its_secrets(
@@ -123,7 +149,12 @@ def test_last_words_about_another_end_are_not_told(tmp_path: Path) -> None:
         (("--nproc-per-nodes=2", WORKER), "unrecognized arguments: --nproc-per-nodes=2"),
         ((), "arguments are required: training_script"),
         (("--rdzv-backend=etcd", "--rdzv-endpoint=a:1", WORKER), "--rdzv-backend: found etcd"),
-        (("--signals-to-handle=SIGNONE", WORKER), "there is no signal SIGNONE"),
+        (("--signals-to-handle=SIGNONE", WORKER), "--signals-to-handle: SIGNONE is no signal"),
+        (("--signals-to-handle=SIGKILL", WORKER), "--signals-to-handle: SIGKILL is no signal"),
+        (("--rdzv-conf=is_host=maybe", *ALONE, WORKER), "flag --rdzv-conf: .*'is_host'"),
+        (("--rdzv-conf=join_timeout=soon", *ALONE, WORKER), "flag --rdzv-conf: .*'join_timeout'"),
+        (("--rdzv-conf=keep_alive_interval=0", *ALONE, WORKER), "found keep_alive_interval=0, exp"),
+        (("--rdzv-backend=c10d", "--rdzv-endpoint=a:b", WORKER), "flag --rdzv-endpoint: .*'a:b'"),
         (("--no-python", "/nowhere/program"), "the program cannot be started: .*/nowhere/program"),
         (("-m", "fmnist_dist.train", "--run-dirr=x"), "did you mean --run-dir?"),
     ],
@@ -135,6 +166,24 @@ def test_wrong_usage_is_one_line_and_64(wrong: tuple[str, ...], said: str, tmp_p
     assert lines[-1].endswith("exit_code=64")
     assert json.loads((tmp_path / "message").read_text())["fault"] == "the command line"
     assert sum("exit_code=" in line for line in lines) == 1
+
+
+def test_a_torch_that_the_agent_does_not_know_is_one_line_and_78(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with Agent(tmp_path, *ALONE, WORKER, "x", "0", PYTHONPATH=path) as agent:
+        assert agent.end() == ExitCode.INCOMPATIBLE == 78
+        (line,) = agent.text().splitlines()
+        assert "the agent cannot use this torch: No module named 'torch.distributed'" in line
+        assert agent.post_mortem()["exit_code"] == 78
+
+
+def test_an_older_torch_is_refused_by_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = dataclasses.make_dataclass("LaunchConfig", ["numa_options", "signals_to_handle"])
+    monkeypatch.setattr(arguments, "LaunchConfig", older)
+    with pytest.raises(IncompatibleError, match="has no shutdown_timeout, virtual_local_rank;"):
+        parse([*ALONE, WORKER], {})
 
 
 def test_a_post_mortem_that_cannot_be_written_changes_no_exit_code(tmp_path: Path) -> None:
@@ -190,6 +239,91 @@ def test_after_a_notice_143_means_that_all_is_saved(codes: list[int], expected: 
     assert outcome.after_notice(ended(*codes)) == expected
 
 
+class Kept(SubprocessContext):
+    """A worker that is in the kernel, and that no signal ends."""
+
+    def __init__(self) -> None:
+        self.error_files = {0: "/nowhere"}
+        self.subprocess_handlers = {0: self}  # type: ignore[dict-item]
+        self.proc = self
+        self.pid = 0
+
+    def poll(self) -> None:
+        return None
+
+    def close(self, *_: object) -> None:
+        """Give up waiting, as torch does."""
+
+
+def test_a_worker_that_no_signal_ends_counts_as_killed() -> None:
+    workers = Workers(parse([*ALONE, WORKER], {}), cast(Link, None))
+    workers._pcontext = Kept()
+    assert workers.ended() == []
+    workers.close()
+    assert [each.code for each in workers.ended()] == [137]
+
+
+@pytest.mark.parametrize(
+    ("num_notices", "silent_seconds", "world_size", "expected"),
+    [
+        (0, 0, 2, "200 OK: training"),
+        (0, 0, 0, "200 OK: waiting for the other agents"),
+        (1, 0, 2, "503 Service Unavailable: draining"),
+        (0, 31, 2, "503 Service Unavailable: the agent's loop stands still for 31 s"),
+    ],
+)
+def test_an_agent_that_drains_or_whose_loop_stands_still_is_not_healthy(
+    num_notices: int, silent_seconds: float, world_size: int, expected: str
+) -> None:
+    ticked_at = time.monotonic() - silent_seconds
+    rounds = SimpleNamespace(ticked_at=ticked_at, is_training=world_size > 0)
+    notices = SimpleNamespace(count=num_notices)
+    assert ": ".join(metrics.health(rounds, notices)) == expected  # type: ignore[arg-type]
+
+
+def test_what_torch_starts_beside_workers_ends_with_their_round() -> None:
+    """Else each round would leave a thread of its file timer, which kills by process number."""
+    ends: list[str] = []
+    workers = Workers(parse([*ALONE, WORKER], {}), cast(Link, None))
+    workers._pcontext = Kept()
+    workers._worker_watchdog = SimpleNamespace(stop=lambda: ends.append("timer"))
+    workers.close()
+    assert ends == ["timer"]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('{"message": "seed differs"}', "seed differs"),
+        ('{"message": {"message": "OSError: full", "extraInfo": {}}}', "OSError: full"),
+        ('{"message": "healed", "exit_code": 75}', ""),
+        ("[]", ""),
+        ('{"message": {}}', ""),
+        ('{"mess', ""),
+        ("", ""),
+    ],
+)
+def test_whatever_a_worker_has_written_last_is_read_or_let_alone(
+    written: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "error.json").write_text(written)
+    assert _last_words(str(tmp_path / "error.json"), 78) == expected
+
+
+def test_who_asks_nothing_of_the_metrics_port_is_left_and_does_not_fill_the_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert metrics._Silent.timeout == limits.SCRAPE_SECONDS
+    monkeypatch.setattr(metrics._Silent, "timeout", 0.1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    metrics.serve(port, metrics.Metrics, Mock(), Mock())  # type: ignore[arg-type]
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as silent:
+        assert silent.recv(1) == b""
+    assert capfd.readouterr().err == ""
+
+
 def test_every_code_names_a_fault() -> None:
     assert {outcome.fault(code) for code in ExitCode} <= set(outcome._FAULT.values())
     assert outcome._FAULT.keys() == set(ExitCode)
@@ -223,6 +357,58 @@ def test_pauses_grow_with_rounds_in_vain_and_are_bounded() -> None:
         budget.round_ended(0, seconds=0)
         full = min(30.0, 2.0**number / 2)
         assert full / 2 <= budget.pause_seconds() <= full
+
+
+class UnreadableRun:
+    """Where a run is, on a storage that is away."""
+
+    def __init__(self, notes: Path) -> None:
+        self.notes = notes
+
+    def storage(self) -> Storage:
+        raise RuntimeError("the storage is away")
+
+
+def judged(folder: Path, progress: Progress, notices: Notices) -> Ending | None:
+    """Return how an agent ends after its only allowed round in vain, by a worker's bug."""
+
+    class Ended1:
+        link = None
+
+        def ended(self) -> list[Ended]:
+            return ended(1)
+
+    words = [*ALONE, "--max-restarts=9", "--crash-loop-budget=1", WORKER, str(folder)]
+    rounds = Rounds(parse(words, {}), notices, progress)
+    rounds._budget.best = 7
+    progress.latest = Reached(attempt=1, step=7, furthest=7, checkpoint_step=7)
+    return rounds._judge(Ended1(), again=False, seconds=limits.SOUND_SECONDS)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def notices() -> Iterator[Notices]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = Notices()
+    heard.keep()
+    yield heard
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_storage_that_is_away_is_no_proof_that_nothing_was_done(
+    tmp_path: Path, notices: Notices
+) -> None:
+    """The last step that was read before is not the newest: as if progress could not be known."""
+    place = cast(Place, UnreadableRun(tmp_path))
+    assert judged(tmp_path, Progress(place), notices) is None
+
+
+def test_a_notice_that_comes_while_progress_is_read_is_no_crash_loop(
+    tmp_path: Path, notices: Notices
+) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert notices.are_waiting
+    assert judged(tmp_path, Progress(Place.of(str(tmp_path))), notices) is None
 
 
 @pytest.mark.parametrize("line", ["x" * 9000, '"\\\n' * 3000, "\N{SNOWMAN}" * 5000, "short"])

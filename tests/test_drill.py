@@ -1,15 +1,16 @@
 """The drill: a short real one passes, and its verdict fails on every kind of bad evidence."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import ROOT
+from jobs import ROOT, wait_for
 
 from fmnist_dist.checkpoint.place import Place
-from launch import verdict
+from launch import launched, verdict
 
 CALM, DISTURBED = Place.of("/of/calm"), Place.of("/of/disturbed")
 STRUCK = verdict.Struck(
@@ -96,3 +97,26 @@ def test_the_verdict_fails_on_bad_evidence_and_on_nothing_else(
     )
     problems = verdict.judge(CALM, DISTURBED, [STRUCK], faults=bad.get("faults", 1))
     assert [said in problem for problem in problems] == ([True] if said else [])
+
+
+def test_a_process_that_ends_while_it_is_looked_at_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a node that is lost would leave some of its processes alive."""
+    read_text = Path.read_text
+    with subprocess.Popen(["sleep", "60"]) as gone, subprocess.Popen(["sleep", "60"]) as stays:
+
+        def read(path: Path, *words: Any, **named: Any) -> str:
+            if path == Path(f"/proc/{gone.pid}/comm"):
+                raise FileNotFoundError
+            return read_text(path, *words, **named)
+
+        try:
+            both = sorted([gone.pid, stays.pid])
+            # The name comes with exec, a moment after Popen has returned.
+            wait_for(lambda: launched.children(os.getpid(), "sleep") == both, "their names")
+            monkeypatch.setattr(Path, "read_text", read)
+            assert launched.children(os.getpid(), "sleep") == [stays.pid]
+        finally:
+            gone.kill()
+            stays.kill()

@@ -108,11 +108,10 @@ SILENT: dict[str, tuple[int, str]] = {
     "launch/agent/orphans.py::reap": (1, "there is no child to bury"),
     "launch/agent/workers.py::Workers.signal": (1, "ended meanwhile: `ended` sees how"),
     "launch/agent/workers.py::_last_words": (1, "the answer: it has said nothing about its end"),
-    "launch/agent/progress.py::Progress.look": (1, "told the first time; what was known stays"),
     "fmnist_dist/telemetry/lastwords.py::LastWords.emit": (1, "`handleError` prints it"),
     "launch/launched.py::kill": (1, "the answer: nobody was there"),
-    "launch/launched.py::state": (1, "the answer: no process"),
-    "launch/launched.py::children": (1, "ended while it was looked at"),
+    "launch/launched.py::children": (1, "the answer: it has ended, and has none"),
+    "launch/launched.py::_read": (1, "the answer: ended while it was looked at"),
     # Nothing to read in a pipe that does not block.
     "fmnist_dist/distributed/stop.py::StopRequest.read": (1, "no signal has come"),
     "fmnist_dist/keeper/keep.py::Keeper._hear": (1, "no signal has come"),
@@ -122,7 +121,7 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/checkpoint/failure.py::_read": (1, "none, or cut off by a kill: no verdict"),
     "fmnist_dist/telemetry/bar.py::BarProgress._draw": (1, "the terminal has gone, not the run"),
     "fmnist_dist/telemetry/bar.py::BarProgress._end": (1, "the terminal has gone, not the run"),
-    "fmnist_dist/inspection/command.py::run_command": (2, "exit codes: reader gone, interrupted"),
+    "fmnist_dist/command.py::run_command": (2, "exit codes: reader gone, interrupted"),
     "fmnist_dist/inspection/export.py::_write": (1, "leftovers: the error itself is raised on"),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import hosts
 import jobs
 import pytest
-from alone import FLAGS, Alone
+from alone import FLAGS, Alone, files_of_undisturbed
 from hosts import Host, Launch, Network
 from jobs import files_of_newest, ledger, reached, show, wait_for
 from run_files import assert_sound, checkpoints, kinds, records
@@ -38,10 +38,7 @@ def shorter_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, text = Alone(run, *MORE_FLAGS).end()
-    assert code == 0, text
-    return files_of_newest(run)
+    return files_of_undisturbed(tmp_path_factory.mktemp("undisturbed"), *MORE_FLAGS)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from jobs import show
+from shipped import rendered
 
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.errors import ExitCode
@@ -19,10 +20,7 @@ from launch.k8s.controller import Ended, JobController, Pod
 from launch.k8s.live import LiveJob
 from launch.k8s.localpods import LocalPods
 from launch.k8s.manifest import Manifest
-from launch.k8s.render import render
-from launch.k8s.request import Request
 
-IMAGE = f"registry/fmnist-dist@sha256:{'a' * 64}"
 FLAGS = ["--batch-size=64", "--save-every-seconds=10", "--eval-every-epochs=99", "--device=cpu"]
 LIMIT_SECONDS = 120.0
 BACKOFF_SECONDS = 600.0  # the longest; so far does the clock go on from one look to the next
@@ -104,8 +102,7 @@ class Cluster:
 def cluster(
     tmp_path: Path, *, overlay: str, nodes: str, steps: int, pending: frozenset[int] = frozenset()
 ) -> Iterator[Cluster]:
-    request = Request(overlay=overlay, image=IMAGE, run_dir="s3://bucket/run", nodes=nodes)
-    manifest = render(request, [])
+    manifest = rendered(overlay, nodes=nodes)
     run = tmp_path / "run"
     pods = Pending(
         manifest,

@@ -7,22 +7,14 @@ from pathlib import Path
 
 import pytest
 from jobs import ROOT
+from shipped import rendered
 
 from fmnist_dist.errors import ExitCode
 from launch.k8s.controller import Pod
 from launch.k8s.localpods import LocalPods
 from launch.k8s.manifest import Manifest
-from launch.k8s.render import render
-from launch.k8s.request import Request
-
-IMAGE = f"registry/fmnist-dist@sha256:{'a' * 64}"
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-
-
-def rendered(overlay: str, *, nodes: str, flags: tuple[str, ...] = ()) -> Manifest:
-    request = Request(overlay=overlay, image=IMAGE, run_dir="s3://bucket/run", nodes=nodes)
-    return render(request, list(flags))
 
 
 def drill_on(manifest: Manifest, folder: Path, *flags: str, timeout: float) -> tuple[int, str]:

@@ -29,7 +29,7 @@ LAYERS = (
     {"plan", "digest", "filenames", "interval", "steptimes", "tensorfile"},
     {"settings"},
     {"config"},
-    {"rule"},
+    {"command", "rule"},
     {"usage"},
     {"errors", "faults", "keys", "limits", "masking", "saver"},
 )

@@ -12,7 +12,7 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
-from alone import FLAGS, Alone
+from alone import FLAGS, Alone, files_of_undisturbed
 from faulty_proxy import Fault, FaultyProxy
 from in_process import SmallRun, _process_as_before, in_child, small_run
 from jobs import (
@@ -62,10 +62,7 @@ def small_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the files of a run on disk that nobody disturbed, in a world of one."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, text = Alone(run, f"--max-steps={STEPS}").end()
-    assert code == 0, text
-    return files_of_newest(run)
+    return files_of_undisturbed(tmp_path_factory.mktemp("undisturbed"), f"--max-steps={STEPS}")
 
 
 def command(

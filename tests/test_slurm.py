@@ -44,13 +44,14 @@ class Slurm:
             "PATH": f"{folder}:{os.environ['PATH']}",
             "TOLD": str(folder),
             "PYTHON": str(folder / "python"),
-            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_SUBMIT_DIR": str(folder),
             "SLURM_JOB_ID": "42",
             "SLURM_JOB_NODELIST": "node[3,7]",
             "SLURM_JOB_NUM_NODES": "2",
         }
 
     def start(self, *flags: str, **environment: str) -> subprocess.Popen[str]:
+        (self.folder / "requeued").unlink(missing_ok=True)
         # Slurm runs a copy, from its spool folder.
         copy = self.folder / "slurm_script"
         copy.write_bytes(SCRIPT.read_bytes())
@@ -69,6 +70,7 @@ class Slurm:
 
     @property
     def is_requeued(self) -> bool:
+        """Whether the last run has asked for another one."""
         return (self.folder / "requeued").exists()
 
     def arguments(self) -> list[str]:
@@ -89,11 +91,32 @@ def test_a_job_comes_back_unless_it_would_end_in_the_same_way(slurm: Slurm, code
 
 
 def test_errors_are_counted_and_preemptions_are_not(slurm: Slurm) -> None:
-    ended, errors = slurm.run(CODE="137", SLURM_RESTART_COUNT="10")
+    """Slurm's own count is that of both, and says nothing here."""
+    often = {"SLURM_RESTART_COUNT": "5000", "MAX_REQUEUES": "2"}
+    for code in ("137", "143", "143", "75", "143"):
+        assert slurm.run(CODE=code, **often)[0] == int(code)
+        assert slurm.is_requeued, code
+    ended, errors = slurm.run(CODE="1", **often)
+    assert (ended, slurm.is_requeued) == (1, False)
+    assert "ended with 1; not requeued any more: MAX_REQUEUES is 2" in errors
+    counted = slurm.folder / "slurm-42.errors"
+    assert counted.read_text().split() == ["137", "75", "1"]
+    assert slurm.run(CODE="0", **often)[0] == 0
+    assert not counted.exists()
+
+
+def test_errors_that_cannot_be_counted_do_not_requeue_it_for_ever(slurm: Slurm) -> None:
+    (slurm.folder / "slurm-42.errors").mkdir()
+    ended, errors = slurm.run(CODE="137")
     assert (ended, slurm.is_requeued) == (137, False)
-    assert "ended with 137 for the 10th time; not requeued any more" in errors
-    assert slurm.run(CODE="143", SLURM_RESTART_COUNT="5000")[0] == 143
-    assert slurm.is_requeued
+    assert "slurm-42.errors: Is a directory" in errors
+
+
+def test_a_job_whose_hosts_cannot_be_named_says_so(slurm: Slurm) -> None:
+    (slurm.folder / "scontrol").write_text("#!/bin/bash\nexit 1\n")
+    ended, errors = slurm.run(CODE="0")
+    assert ended == 1
+    assert "scontrol names no host of node[3,7]" in errors
 
 
 def test_a_job_that_was_cancelled_does_not_come_back(slurm: Slurm) -> None:
@@ -153,6 +176,7 @@ def test_a_run_goes_on_where_its_job_was_preempted(slurm: Slurm, tmp_path: Path)
     flags = [f"--run-dir={run}", "--batch-size=64", "--device=cpu", "--eval-every-epochs=99"]
     environment = {"PYTHON": sys.executable, "SLURM_JOB_NUM_NODES": "1"}
     environment |= {"RENDEZVOUS_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    environment["SLURM_SUBMIT_DIR"] = str(ROOT)
 
     with slurm.start(*flags, "--max-steps=1000000", **environment) as process:
         wait_for(lambda: reached(run)[1] > 3, "some steps")

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from alone import FLAGS, Alone
+from alone import FLAGS, Alone, files_of_undisturbed
 from forked import status_of
 from jobs import Job, files_of_newest, show, wait_for
 from running import running
@@ -28,10 +28,7 @@ STEPS = "--max-steps=12"
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, text = Alone(run, STEPS).end()
-    assert code == 0, text
-    return files_of_newest(run)
+    return files_of_undisturbed(tmp_path_factory.mktemp("undisturbed"), STEPS)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 from cyclopts import App
 
 from fmnist_dist.errors import DataDamagedError, ExitCode, UsageError
-from fmnist_dist.usage import columns, printable, run_app
+from fmnist_dist.usage import new_app, printable, run_app
 
 
 def runs() -> App:
-    app = App(name="runs", help_format="plaintext", help_formatter=columns, version_flags=[])
+    app = new_app("runs")
 
     @app.command
     def show(run: str, /, *, json: bool = False, step: int | None = None) -> tuple[Any, ...]:

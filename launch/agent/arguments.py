@@ -5,22 +5,30 @@ import re
 import signal
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from torch.distributed import run as torchrun
 from torch.distributed.argparse_util import env
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
 from fmnist_dist import settings
 from fmnist_dist.config import Config
-from fmnist_dist.errors import UsageError
+from fmnist_dist.errors import IncompatibleError, UsageError
+from launch.agent.rendezvous import parameters
 
 CRASH_LOOP = 5
 _TRAIN = "fmnist_dist.train"
 _STANDALONE = "localhost:0"
 _PORTS = range(65536)
+_NEWEST = {"numa_options", "signals_to_handle", "virtual_local_rank", "shutdown_timeout"}
+_UNHEARD = {signal.SIGKILL, signal.SIGSTOP}
+# Of --rdzv-conf: torch reads them when it connects, which is on a thread and later.
+_NUMBERS = ["join_timeout", "last_call_timeout", "close_timeout", "heartbeat_timeout"]
+_NUMBERS += ["keep_alive_interval", "keep_alive_max_attempt", "read_timeout"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +53,10 @@ class Arguments:
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
     """Return what flags and `PET_*` variables ask for.
 
-    Raises UsageError, with one line, before anything is started; `--help` raises SystemExit.
+    Raises UsageError and IncompatibleError, with one line, before anything is started; `--help`
+    raises SystemExit.
     """
+    _check_torch()
     parser = torchrun.get_args_parser()
     parser.prog = "launch.agent"
     parser.usage = "python -m launch.agent [flags of torchrun and of the agent] -m MODULE [args]"
@@ -62,6 +72,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(f"torchrun's flags: {error}") from error
     assert isinstance(program, str)
+    _check_rendezvous(launch)
     is_training = found.module and found.training_script == _TRAIN
     config = settings.load(found.training_script_args, environ).config if is_training else None
     return Arguments(
@@ -74,6 +85,15 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
         termination_log=Path(found.termination_log) if found.termination_log else None,
         crash_loop_budget=found.crash_loop_budget,
     )
+
+
+def _check_torch() -> None:
+    """See that torch's launcher has what is asked of it here."""
+    if missing := sorted(_NEWEST - {each.name for each in fields(LaunchConfig)}):
+        raise IncompatibleError(
+            f"the agent needs a newer torch: the launcher of {torch.__version__} has no "
+            f"{', '.join(missing)}; torchrun itself works with it"
+        )
 
 
 def _add_own(parser: argparse.ArgumentParser) -> None:
@@ -100,15 +120,15 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
         action=env,
         type=int,
         default=CRASH_LOOP,
-        help="So many rounds in a row without a newer step end with exit code 70.",
+        help="So many rounds in a row without a newer step end with 70, or 75 for what may pass.",
     )
 
 
 def _signals(names: str) -> tuple[signal.Signals, ...]:
-    known = {each.name: each for each in signal.Signals}
+    known = {each.name: each for each in signal.Signals if each not in _UNHEARD}
     words = [name.strip() for name in names.split(",") if name.strip()]
     if wrong := [word for word in words if word not in known]:
-        raise UsageError(f"flag --signals-to-handle: there is no signal {wrong[0]}")
+        raise UsageError(f"flag --signals-to-handle: {wrong[0]} is no signal that can be handled")
     return tuple(known[word] for word in words)
 
 
@@ -131,6 +151,25 @@ def _check(found: argparse.Namespace) -> None:
         raise UsageError(
             f"flag --crash-loop-budget: found {found.crash_loop_budget}, "
             f"expected a whole number above 0"
+        )
+
+
+def _check_rendezvous(launch: LaunchConfig) -> None:
+    """Read the settings of the rendezvous as torch will."""
+    found = parameters(launch, launch.run_id)
+    try:
+        parse_rendezvous_endpoint(found.endpoint, default_port=0)
+    except ValueError as error:
+        raise UsageError(f"flag --rdzv-endpoint: {error}") from error
+    try:
+        found.get_as_bool("is_host")
+        numbers = {name: found.get_as_int(name, 1) or 0 for name in _NUMBERS}
+    except ValueError as error:
+        raise UsageError(f"flag --rdzv-conf: {error}") from error
+    if wrong := [name for name, number in numbers.items() if number < 1]:
+        raise UsageError(
+            f"flag --rdzv-conf: found {wrong[0]}={numbers[wrong[0]]}, "
+            "expected a whole number above 0"
         )
 
 

@@ -8,14 +8,12 @@ import random
 import time
 from concurrent.futures import Future
 
-from torch.distributed import DistError
-from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig
 
 from fmnist_dist.telemetry.events import EventLog
 from launch.agent import limits
 from launch.agent.aside import aside
-from launch.agent.rendezvous import Link
+from launch.agent.rendezvous import Link, failure
 
 _events = EventLog("launch.agent")
 
@@ -32,11 +30,14 @@ class Connection:
         self.why = ""  # there is none, where that is known
 
     def look(self) -> None:
-        """See whether the link is lost, or a new one has come. It waits for nothing."""
+        """See whether the link is lost, or a new one has come. It waits for nothing.
+
+        Raises what is no fault of network or store.
+        """
         now = time.monotonic()
         if self.link is not None:
-            if self.link.is_lost:
-                self.drop("it does not answer")
+            if why := self.link.why_lost:
+                self.drop(why)
         elif self._opening is None:
             if now >= self._next_at:
                 self._opening = aside(lambda: Link(self._config), name="rendezvous")
@@ -51,7 +52,7 @@ class Connection:
         elif now > self._give_up_at:
             opening, self._opening = self._opening, None
             opening.add_done_callback(_abandon)
-            self._tell("it does not answer")
+            self._tell(f"no answer for {limits.OPEN_SECONDS:.0f} s")
 
     def drop(self, why: str) -> None:
         """Leave the link behind; a new one is opened after a pause."""
@@ -74,16 +75,3 @@ def _abandon(opening: "Future[Link]") -> None:
     """Leave a link behind that has come too late."""
     if opening.exception() is None:
         opening.result().abandon()
-
-
-def failure(future: "Future[object] | Future[Link] | Future[None]") -> str:
-    """Return why a thread's work has failed, where that may pass; "" for success.
-
-    Raises what is no fault of network or store.
-    """
-    error = future.exception()
-    if error is None:
-        return ""
-    if isinstance(error, RendezvousError | DistError | OSError):
-        return f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
-    raise error

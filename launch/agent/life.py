@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fmnist_dist.checkpoint.place import Place
-from fmnist_dist.errors import ExitCode, FmnistDistError
+from fmnist_dist.errors import ExitCode, FmnistDistError, IncompatibleError
 from fmnist_dist.masking import masked
 from fmnist_dist.telemetry import events
 from fmnist_dist.telemetry.events import EventLog, LogFormat
@@ -44,7 +44,11 @@ class _Life:
         self._progress: Progress | None = None
 
     def live(self, argv: Sequence[str], notices: Notices) -> Ending:
-        from launch.agent.arguments import parse  # noqa: PLC0415 - torch takes seconds
+        try:
+            from launch.agent.arguments import parse  # noqa: PLC0415 - torch takes seconds
+            from launch.agent.rounds import Rounds  # noqa: PLC0415 - as above
+        except ImportError as error:  # names of torch's own, that no release promises to keep
+            raise IncompatibleError(f"the agent cannot use this torch: {error}") from error
 
         arguments = parse(argv, os.environ)
         self._termination_log = arguments.termination_log
@@ -58,8 +62,6 @@ class _Life:
                     drain_seconds=config.drain_seconds,
                     shutdown_timeout=arguments.shutdown_seconds,
                 )
-        from launch.agent.rounds import Rounds  # noqa: PLC0415 - as above
-
         rounds = Rounds(arguments, notices, self._progress)
         if arguments.metrics_port:
             from launch.agent.metrics import Metrics, serve  # noqa: PLC0415 - an extra

@@ -13,4 +13,5 @@ LOOK_SECONDS = 5.0  # between two looks while workers train
 LAST_LOOK_SECONDS = 1.0  # for the post-mortem: the grace is for the workers
 SOUND_SECONDS = 300.0  # where progress is not known, a round that lasted so long counts as one
 LONGEST_PAUSE_SECONDS = 30.0  # between rounds in vain
+SCRAPE_SECONDS = 10.0  # of a connection to the metrics' port: who asks nothing holds a thread
 STALLED_SECONDS = 30.0  # without a turn of the loop the agent is not healthy

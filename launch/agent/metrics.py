@@ -71,9 +71,8 @@ class Metrics:
         reached = self._progress.latest if self._progress is not None else None
         if reached is None:
             return
-        yield CounterMetricFamily(
-            f"{_PREFIX}_train_steps", "Finished steps of the run.", value=reached.step
-        )
+        # No counter: where steps are lost or rolled back it goes down, which is not a reset to 0.
+        yield _gauge("step", "Newest finished step of the run.", reached.step)
         yield _gauge("attempt", "The newest attempt of the run.", reached.attempt)
         if reached.checkpoint_step is not None:
             yield _gauge(
@@ -89,8 +88,15 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 
 class _Silent(WSGIRequestHandler):
+    timeout = limits.SCRAPE_SECONDS
+
     def log_message(self, *_: object) -> None:
         """Say nothing: a scrape every few seconds is no event."""
+
+
+class _Server(ThreadingWSGIServer):
+    def handle_error(self, *_: object) -> None:
+        """Say nothing: who asked has gone, or has asked for nothing in time."""
 
 
 def serve(port: int, metrics: Metrics, rounds: Rounds, notices: Notices) -> None:
@@ -111,7 +117,7 @@ def serve(port: int, metrics: Metrics, rounds: Rounds, notices: Notices) -> None
         return [f"{text}\n".encode()]
 
     try:
-        server = make_server("", port, answer, ThreadingWSGIServer, _Silent)
+        server = make_server("", port, answer, _Server, _Silent)
     except OSError as error:
         raise IncompatibleError(f"flag --metrics-port: port {port} is not free: {error}") from error
     Thread(target=server.serve_forever, name="metrics", daemon=True).start()

@@ -110,6 +110,15 @@ def after_notice(workers: Sequence[Ended], *, in_doubt: bool = False) -> int:
     return ExitCode.DRAINED if code == ExitCode.PEER_LOST or went_on else code
 
 
+def verdict(worst: Ended) -> ExitCode:
+    """Return the agent's exit code after too many rounds without a newer step.
+
+    Where the last one ended because storage or network are away, that may pass, whatever the count.
+    """
+    transient = worst.code == ExitCode.TRANSIENT
+    return ExitCode.TRANSIENT if transient else ExitCode.NO_PROGRESS
+
+
 def fault(code: int) -> str:
     """Return whose fault an exit code says it was, in words."""
     if code in _FAULT:

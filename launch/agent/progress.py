@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fmnist_dist.checkpoint.hint import read_hints
 from fmnist_dist.checkpoint.log import RunLog
 from fmnist_dist.checkpoint.place import Place
-from fmnist_dist.errors import FmnistDistError
 from fmnist_dist.telemetry.events import EventLog
 from launch.agent import limits
 from launch.agent.aside import aside
@@ -33,11 +32,12 @@ class Progress:
         self._looked_at = float("-inf")
         self._has_warned = False
         self.latest: Reached | None = None
+        self.is_known = False  # what `latest` says was read by the last look
 
     def look(self, *, now: bool = False) -> bool:
-        """Have it read, at the latest some seconds after the last time; return whether it was.
+        """Have it read, at the latest some seconds after the last time; return whether that ended.
 
-        False while it is being read. What cannot be read stays as it was.
+        False while it is being read. What cannot be read stays as it was, and is not known.
         """
         if self._reading is None:
             if not now and time.monotonic() < self._looked_at + limits.LOOK_SECONDS:
@@ -46,11 +46,13 @@ class Progress:
         if not self._reading.done():
             return False
         reading, self._reading, self._looked_at = self._reading, None, time.monotonic()
-        try:
+        error = reading.exception()
+        self.is_known = error is None
+        if error is None:
             self.latest = reading.result()
-        except (FmnistDistError, OSError) as error:
-            if not self._has_warned:
-                _events.warning("the run cannot be read by the agent", why=str(error))
+        elif not self._has_warned:  # whatever it is: no reason to end workers that train
+            why = f"{type(error).__name__}: {error}"
+            _events.warning("the run cannot be read by the agent", why=why)
             self._has_warned = True
         return True
 

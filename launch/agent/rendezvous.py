@@ -13,11 +13,13 @@ import time
 from concurrent.futures import Future
 from datetime import timedelta
 from threading import Event
+from typing import Any
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
+    RendezvousError,
     RendezvousGracefulExitError,
     RendezvousHandler,
     RendezvousInfo,
@@ -58,6 +60,20 @@ def parameters(config: LaunchConfig, run_id: str) -> RendezvousParameters:
     )
 
 
+def failure(future: "Future[Any]") -> str:
+    """Return why a thread's work has failed, where that may pass; "" for success.
+
+    Raises what is no fault of network or store.
+    """
+    error = future.exception()
+    if error is None:
+        return ""
+    # RuntimeError: what torch's store raises, also where something else listens on its port.
+    if isinstance(error, RendezvousError | RuntimeError | OSError):
+        return f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
+    raise error
+
+
 class Link(RendezvousHandler):
     """A rendezvous handler that goes on with the next generation, and knows when it is lost."""
 
@@ -69,23 +85,24 @@ class Link(RendezvousHandler):
         _kept.append(store)
         self._store = store
         self._key = f"launch.agent/{config.run_id}/generation"
-        self._enter(int(store.compare_set(self._key, "", "0")))
+        self._abandoned = Event()
+        self._watch = self._entered(int(store.compare_set(self._key, "", "0")))
 
-    def _enter(self, generation: int) -> None:
-        """Be in a generation of the rendezvous from now on."""
+    def _entered(self, generation: int) -> "_Watch":
+        """Be in a generation of the rendezvous from now on; return who watches it."""
         self.generation = generation
         run_id = self._config.run_id + (f".{generation}" if generation else "")
         params = parameters(self._config, run_id)
-        self._backend = _Backend(self._store, run_id)
-        self._handler = create_handler(self._store, self._backend, params)
-        self._watch = _Watch(self._store, params)
+        backend = _Backend(self._store, run_id, self._abandoned)
+        self._handler = create_handler(self._store, backend, params)
+        return _Watch(self._store, params, self._abandoned)
 
     # What the agent asks.
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the store does not answer any more."""
-        return self._watch.is_lost
+    def why_lost(self) -> str:
+        """Why the store counts as away; "" while it answers."""
+        return self._watch.why_lost
 
     def waiting_since(self, moment: float) -> int:
         """Return how many nodes wait for the next round, of what was seen after `moment`."""
@@ -93,8 +110,7 @@ class Link(RendezvousHandler):
 
     def abandon(self) -> None:
         """Never touch the store again, whatever thread is still in there."""
-        self._watch.stop()
-        self._backend.is_abandoned = True
+        self._abandoned.set()
         aside(self._handler._stop_heartbeats, name="heartbeats")  # noqa: SLF001 - it may hang, too
 
     def leave(self) -> "Future[None]":
@@ -117,11 +133,11 @@ class Link(RendezvousHandler):
             try:
                 return self._handler.next_rendezvous()
             except (RendezvousClosedError, RendezvousGracefulExitError):
-                former, following = str(self.generation), str(self.generation + 1)
-                agreed = int(self._store.compare_set(self._key, former, following))
+                now, following = str(self.generation), str(self.generation + 1)
+                agreed = int(self._store.compare_set(self._key, now, following))
                 _events.warning("the rendezvous was closed, all meet in another", generation=agreed)
-                self._watch.stop()
-                self._enter(agreed)
+                former, self._watch = self._watch, self._entered(agreed)
+                former.stop()  # after that: who looks meanwhile must not see a lost link
         raise RendezvousClosedError
 
     def get_run_id(self) -> str:
@@ -151,7 +167,9 @@ class Link(RendezvousHandler):
 class _Backend(C10dRendezvousBackend):
     """torch's, until it is abandoned: a thread that comes back late joins nothing."""
 
-    is_abandoned = False
+    def __init__(self, store: TCPStore, run_id: str, abandoned: Event) -> None:
+        super().__init__(store, run_id)
+        self._abandoned = abandoned
 
     def get_state(self) -> tuple[bytes, Token] | None:
         self._check()
@@ -164,14 +182,14 @@ class _Backend(C10dRendezvousBackend):
         return super().set_state(state, token)
 
     def _check(self) -> None:
-        if self.is_abandoned:
+        if self._abandoned.is_set():
             raise RendezvousConnectionError("this connection was given up")
 
 
 class _Watch:
     """Asks the store, on a connection and a thread of its own, which nodes wait."""
 
-    def __init__(self, store: TCPStore, params: RendezvousParameters) -> None:
+    def __init__(self, store: TCPStore, params: RendezvousParameters, abandoned: Event) -> None:
         self.waiting = 0
         self.asked_at = self._answered_at = time.monotonic()
         interval = params.get_as_int("keep_alive_interval", 5) or 5
@@ -179,13 +197,16 @@ class _Watch:
         self._silent_seconds = 2.0 * interval * attempts
         self._limit = timedelta(seconds=self._silent_seconds)
         self._stopped = Event()
+        self._abandoned = abandoned
         host, _ = parse_rendezvous_endpoint(params.endpoint, default_port=store.port)
         self._asking = aside(lambda: self._ask(host, store.port, params), name="watch")
 
     @property
-    def is_lost(self) -> bool:
+    def why_lost(self) -> str:
+        if self._asking.done():
+            return failure(self._asking)
         silent = time.monotonic() - self._answered_at
-        return self._asking.done() or silent > self._silent_seconds
+        return f"no answer for {silent:.0f} s" if silent > self._silent_seconds else ""
 
     def stop(self) -> None:
         self._stopped.set()
@@ -195,7 +216,7 @@ class _Watch:
         store = TCPStore(host, port, is_master=False, timeout=self._limit, wait_for_workers=False)
         # It only reads: torch's handler has no lock for two threads that join and look.
         reader = create_handler(store, C10dRendezvousBackend(store, params.run_id), params)
-        while not self._stopped.wait(limits.ASK_SECONDS):
+        while not self._stopped.wait(limits.ASK_SECONDS) and not self._abandoned.is_set():
             asked_at = time.monotonic()
             waiting = reader.num_nodes_waiting()
             self._answered_at = time.monotonic()

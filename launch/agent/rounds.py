@@ -23,11 +23,12 @@ from launch.agent import limits, outcome
 from launch.agent.arguments import Arguments
 from launch.agent.aside import aside
 from launch.agent.budget import Budget
-from launch.agent.connection import Connection, failure
+from launch.agent.connection import Connection
 from launch.agent.notices import Notices
 from launch.agent.orphans import reap
 from launch.agent.outcome import Ended, Ending, Next
 from launch.agent.progress import Progress
+from launch.agent.rendezvous import failure
 from launch.agent.workers import Workers
 
 _MEETINGS = 3  # for so many of torch's `join_timeout` a rendezvous is tried
@@ -69,7 +70,6 @@ class Rounds:
     def run(self) -> Ending:
         """Return how it ended, with no worker left."""
         try:
-            self._await_progress()
             self._budget.best = self._furthest()
             ending = None
             while ending is None:
@@ -171,11 +171,12 @@ class Rounds:
         if follows is Next.FINAL:
             return Ending(code=worst.code, reason=said, worker=worst)
         if not again:
-            self._await_progress()
-            self._budget.round_ended(self._furthest(), seconds=seconds)
+            step = self._furthest()
+            if not self._notices.are_waiting:  # else that was not waited for, and all is over
+                self._budget.round_ended(step, seconds=seconds)
             if self._budget.is_crash_loop:
                 said = f"{self._budget.in_vain} rounds without a newer step, in the last one {said}"
-                return Ending(code=ExitCode.NO_PROGRESS, reason=said, worker=worst)
+                return Ending(code=outcome.verdict(worst), reason=said, worker=worst)
         if follows is Next.RESTART and not self._budget.may_restart():
             said += f", and none of {self._budget.max_restarts} restarts is left"
             return Ending(code=worst.code, reason=said, worker=worst)
@@ -221,24 +222,26 @@ class Rounds:
             reap(self._workers.processes if self._workers is not None else ())
         return self._notices.take()
 
-    def _await_progress(self) -> None:
-        """See how far the run is now, unless there is a notice to take."""
-        if self._progress is None:
-            return
-        deadline = time.monotonic() + limits.READ_SECONDS
-        is_known = self._progress.look(now=True)
-        while not is_known and time.monotonic() < deadline and not self._notices.are_waiting:
-            time.sleep(limits.TICK_SECONDS)
-            is_known = self._progress.look()
-
     def _furthest(self) -> int | None:
-        latest = self._progress.latest if self._progress is not None else None
+        """Return the newest step of any attempt; None where that cannot be read in its time.
+
+        A notice ends the wait.
+        """
+        progress = self._progress
+        if progress is None:
+            return None
+        deadline = time.monotonic() + limits.READ_SECONDS
+        is_read = progress.look(now=True)
+        while not is_read and time.monotonic() < deadline and not self._notices.are_waiting:
+            time.sleep(limits.TICK_SECONDS)
+            is_read = progress.look()
+        latest = progress.latest if is_read and progress.is_known else None
         return latest.furthest if latest is not None else None
 
     def _leave(self) -> None:
         """Tell the others that this node is gone, if that takes no time."""
         link = self._connection.link
-        if link is None or link.is_lost:
+        if link is None:
             return
         leaving = link.leave()
         deadline = time.monotonic() + limits.LEAVE_SECONDS

@@ -116,8 +116,12 @@ class Workers(LocalElasticAgent):
     def close(self) -> None:
         """End what is left of a round's workers, and close their log files."""
         if (context := self._context()) is not None:
-            context.close(signal.SIGKILL, limits.KILL_SECONDS)
+            self._shutdown(signal.SIGKILL, limits.KILL_SECONDS)  # and torch's timers, if it has any
             self.ended()
+            # Those that the kernel keeps even so are not waited for: killed is what they are.
+            for local_rank in context.subprocess_handlers.keys() - self._ended.keys():
+                rank = self._worker_group.workers[local_rank].global_rank
+                self._ended[local_rank] = Ended(rank=rank, status=-signal.SIGKILL)
             self._pcontext = None
 
     def _context(self) -> SubprocessContext | None:
@@ -129,6 +133,10 @@ def _last_words(path: str, code: int) -> str:
     """Return what a worker wrote last about its end with this code; "" for nothing."""
     try:
         words = json.loads(Path(path).read_text())
-        return str(words["message"]) if words.get("exit_code", code) == code else ""
-    except (OSError, ValueError, KeyError, AttributeError):  # it has said nothing, or half of it
+        if words.get("exit_code", code) != code:
+            return ""
+        message = words["message"]
+        # A program of somebody else's, with torch's `record`, has its traceback beside the line.
+        return str(message["message"] if isinstance(message, dict) else message)
+    except (OSError, ValueError, LookupError, AttributeError):  # it has said nothing, or half of it
         return ""

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
-from fmnist_dist.inspection.command import run_command
-from fmnist_dist.usage import columns
+from fmnist_dist.command import run_command
+from fmnist_dist.usage import new_app
 from launch.k8s import doctor as examination
 from launch.k8s import status as sight
 from launch.k8s import submit as submission
@@ -121,16 +121,12 @@ def doctor(run: Run, /, *, namespace: Namespace = NAME) -> int:
 
 
 def make_app() -> App:
-    app = App(
-        name="launch.k8s",
+    app = new_app(
+        "launch.k8s",
         usage="Usage: python -m launch.k8s COMMAND",
         help="Submit runs to Kubernetes and look after them.",
-        help_format="plaintext",
-        help_formatter=columns,
         group_commands=Group("Commands"),
-        version_flags=[],
     )
-    app["--help"].help = "print this page"
     for command, usage in (
         (render, rf"render {_REQUEST}"),
         (submit, rf"submit {_REQUEST}"),

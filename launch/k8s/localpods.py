@@ -24,7 +24,7 @@ from pathlib import Path
 
 from launch.k8s.controller import Ended, Pod
 from launch.k8s.manifest import COMPONENT, INDEX, JOB_NAME, Document, Manifest, flag_in
-from launch.launched import LIMIT_SECONDS, children, kill, state
+from launch.launched import DEAD, LIMIT_SECONDS, children, kill, state
 
 _STORE = "store"  # the component that is a rendezvous store of its own
 
@@ -147,7 +147,7 @@ class LocalPods:
         found = [self._pods[pod].process.pid]
         for process in found:
             found += children(process)
-        return [each for each in found if state(each) not in {"", "Z", "X"}]
+        return [each for each in found if state(each) not in DEAD]
 
     def running(self) -> list[Pod]:
         return [pod for pod, each in self._pods.items() if each.process.poll() is None]
@@ -155,10 +155,9 @@ class LocalPods:
     def tail(self) -> str:
         """Return the last lines of the pods that run, or ran last."""
         shown = self.running() or list(self._pods)[-2:]
+        logs = {pod: (self._pods[pod].folder / "log").read_text(errors="replace") for pod in shown}
         return "\n".join(
-            f"{pod.name}: {line}"
-            for pod in shown
-            for line in (self._pods[pod].folder / "log").read_text().splitlines()[-8:]
+            f"{pod.name}: {line}" for pod in shown for line in logs[pod].splitlines()[-8:]
         )
 
     def end(self) -> None:
