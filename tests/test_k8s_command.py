@@ -186,6 +186,32 @@ def test_two_live_jobs_on_one_run_are_refused(cluster: Cluster, other: list[str]
     assert cluster.names("job") == ["mine"]
 
 
+def test_a_job_that_another_submission_has_just_made_is_not_deleted(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.submit()
+    monkeypatch.setattr("launch.k8s.submit.rivals", lambda *_, **__: [])  # when the list was read
+    code, line = cluster.refused(*SUBMIT)
+    assert (code, "Job mine has it and is running" in line) == (76, True), line
+    assert cluster.names("job") == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "words", [SUBMIT, *([verb, "mine"] for verb in ("status", "suspend", "cancel", "doctor"))]
+)
+def test_jobs_of_others_are_left_alone(cluster: Cluster, words: list[str]) -> None:
+    theirs = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "mine", "uid": "theirs"},
+        "spec": {"completions": 1, "template": {"spec": {}}},
+    }
+    cluster.put(theirs)
+    code, line = cluster.refused(*words)
+    assert (code, "the Job of this name in namespace" in line) == (64, True), line
+    assert cluster.object("job", "mine") == theirs
+
+
 def test_another_run_beside_it_is_none_of_its_business(cluster: Cluster) -> None:
     cluster.submit()
     cluster.told(*[f"--run-dir={RUN_DIR}-2" if "run-dir" in each else each for each in SUBMIT])
@@ -200,6 +226,50 @@ def test_what_cannot_be_completed_is_taken_back(cluster: Cluster) -> None:
     assert cluster.names("job") == []
     (cluster.folder / "refuse-patch").unlink()
     cluster.told(*SUBMIT)
+
+
+def test_why_a_submission_failed_is_said_also_where_it_cannot_be_taken_back(
+    cluster: Cluster,
+) -> None:
+    refusal = "Error from server (Forbidden): no rights to %s"
+    for verb in ("patch", "delete"):
+        (cluster.folder / f"refuse-{verb}").write_text(refusal % verb)
+    ended = cluster.run(*SUBMIT)
+    warning, line = ended.stderr.splitlines()
+    assert warning.startswith("warning: Job mine is left: ")
+    assert warning.endswith("python -m launch.k8s cancel mine")
+    assert (ended.returncode, line.endswith("no rights to patch")) == (64, True), line
+
+
+@pytest.mark.parametrize(
+    ("conditions", "state"),
+    [
+        (["FailureTarget"], "failing"),
+        (["FailureTarget", "Failed"], "failed"),
+        (["SuccessCriteriaMet"], "completing"),
+        (["Complete", "SuccessCriteriaMet"], "complete"),
+        (["Suspended"], "suspended"),
+    ],
+)
+def test_the_state_of_a_job_is_the_condition_that_says_most(
+    cluster: Cluster, conditions: list[str], state: str
+) -> None:
+    cluster.submit()
+    told = [{"type": each, "status": "True", "reason": f"R{each}"} for each in conditions]
+    past = {"type": "Suspended", "status": "False", "reason": "JobResumed"}
+    cluster.edit("job", "mine", status={"conditions": [past, *told]})
+    shown = json.loads(cluster.told("status", "mine", "--json"))
+    said = {"failed": "RFailed", "complete": "RComplete"}.get(state, f"R{conditions[0]}")
+    assert (shown["state"], shown["reason"]) == (state, said)
+
+
+def test_a_job_that_is_being_deleted_still_has_the_run(cluster: Cluster) -> None:
+    cluster.submit()
+    job = cluster.object("job", "mine")
+    job["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    cluster.put(job)
+    code, line = cluster.refused(*SUBMIT)
+    assert (code, "Job mine has it and is being deleted" in line) == (76, True), line
 
 
 def test_scale_changes_all_three_numbers_at_once_within_the_submission(cluster: Cluster) -> None:

@@ -10,6 +10,14 @@ from launch.k8s.kubectl import Kubectl
 from launch.k8s.manifest import APP, JOB_NAME, NAME, RUN_DIR, RUN_ID, TRAINER, Document
 
 _POLICY_CODE = re.compile(r"failed with exit code (\d+) matching")
+# By the conditions of the Job, those first that say more; pods still end after the first of two.
+_STATES = {
+    "Complete": "complete",
+    "Failed": "failed",
+    "SuccessCriteriaMet": "completing",
+    "FailureTarget": "failing",
+    "Suspended": "suspended",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +65,16 @@ class LiveJob:
         return self.condition("Complete") is not None or self.condition("Failed") is not None
 
     @property
+    def decisive(self) -> Document | None:
+        """Return the condition that says most about the Job; None for one that runs."""
+        return next((c for kind in _STATES if (c := self.condition(kind)) is not None), None)
+
+    @property
     def state(self) -> str:
-        for kind in ("Complete", "Failed", "SuccessCriteriaMet", "FailureTarget", "Suspended"):
-            if self.condition(kind) is not None:
-                return kind.lower()
+        if not self.has_ended and "deletionTimestamp" in self.document["metadata"]:
+            return "being deleted"
+        if (condition := self.decisive) is not None:
+            return _STATES[condition["type"]]
         return "suspended" if self.spec.get("suspend") else "running"
 
     def ends(self) -> list[Ended]:
@@ -95,16 +109,32 @@ class LiveJob:
 
 
 def find_job(kubectl: Kubectl, name: str) -> LiveJob:
-    """Return a Job of ours. Raises `UsageError`, with the nearest ones, where there is none."""
-    document = kubectl.get("job", name)
-    if document is None:
+    """Return a Job of ours with its pods. Raises `UsageError`, with ours, where there is none."""
+    job = job_called(kubectl, name)
+    if job is None:
         there = sorted(each.name for each in all_jobs(kubectl))
         raise UsageError(
             f"run {name}: there is no such Job in namespace {kubectl.namespace}, found "
             f"{', '.join(there) or 'none of ours'}"
         )
-    pods = kubectl.all("pods", selector=f"{JOB_NAME}={name}")
-    return LiveJob(document, pods)
+    return LiveJob(job.document, kubectl.all("pods", selector=f"{JOB_NAME}={name}"))
+
+
+def job_called(kubectl: Kubectl, name: str) -> LiveJob | None:
+    """Return our Job of a name, without its pods. Raises `UsageError` if it is somebody else's.
+
+    Others may have Jobs in the namespace, which nothing here may suspend or delete.
+    """
+    document = kubectl.get("job", name)
+    if document is None:
+        return None
+    labels = document["metadata"].get("labels", {})
+    if labels.get(APP) != NAME or RUN_ID not in labels:
+        raise UsageError(
+            f"run {name}: the Job of this name in namespace {kubectl.namespace} is not one of ours,"
+            f" expected the labels {APP}={NAME} and {RUN_ID}"
+        )
+    return LiveJob(document, [])
 
 
 def all_jobs(kubectl: Kubectl) -> list[LiveJob]:

@@ -19,7 +19,7 @@ _TRIES = 10  # within a minute and a half: an API server that is upgraded is awa
 
 def describe(job: LiveJob) -> dict[str, Any]:
     """Return the Job's state, its pods, and its run as seen from here."""
-    condition = job.condition("Complete") or job.condition("Failed") or {}
+    condition = job.decisive or {}
     return {
         "job": job.name,
         "state": job.state,
