@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from jobdocuments import job_document, pod_documents
 from jobs import show
 
 from fmnist_dist.checkpoint.hint import read_hints
@@ -97,7 +98,7 @@ class Cluster:
 
     @property
     def verdict(self) -> int:
-        return LiveJob(self.controller.document(), self.controller.pod_documents()).verdict()[0]
+        return LiveJob(job_document(self.controller), pod_documents(self.controller)).verdict()[0]
 
 
 @contextmanager

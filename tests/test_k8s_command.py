@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from jobdocuments import job_document, pod_documents
 from jobs import ROOT
 
 from launch.k8s.__main__ import main
@@ -322,8 +323,8 @@ def happens(cluster: Cluster, codes: dict[int, Ended], *, seconds: int = 86400) 
     controller = JobController(cluster.object("job", "mine"), Ends(codes))
     for now in range(0, seconds, 60):
         controller.sync(now)
-    cluster.put(controller.document())
-    for pod in controller.pod_documents():
+    cluster.put(job_document(controller))
+    for pod in pod_documents(controller):
         pod["metadata"]["labels"] = {"batch.kubernetes.io/job-name": "mine"}
         cluster.put(pod)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from fmnist_dist.errors import ExitCode
 from launch.k8s.kubectl import Kubectl
 from launch.k8s.live import LiveJob, find_job
 from launch.k8s.manifest import COMPONENT, RUN_ID, Document, Manifest
@@ -104,9 +103,8 @@ def _stores_on_spot_nodes(pods: list[Document], nodes: dict[str, Document]) -> I
 
 def _ends(job: LiveJob) -> Iterator[str]:
     """The last words of pods that ended by a fault which a replacement may well repeat."""
-    told = {int(ExitCode.FINISHED), int(ExitCode.DRAINED), int(ExitCode.PEER_LOST)}
     for each in job.ends():
-        if each.code not in told:
+        if each.is_fault:
             yield f"pod {each.pod} ended with exit code {each.code}: {each.message or 'no message'}"
 
 

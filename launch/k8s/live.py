@@ -8,6 +8,7 @@ from typing import Any
 from fmnist_dist.errors import ExitCode, UsageError
 from launch.k8s.kubectl import Kubectl
 from launch.k8s.manifest import APP, JOB_NAME, NAME, RUN_DIR, RUN_ID, TRAINER, Document
+from launch.k8s.rules.ends import FAIL_CODES, IGNORED_CODES
 
 _POLICY_CODE = re.compile(r"failed with exit code (\d+) matching")
 # By the conditions of the Job, those first that say more; pods still end after the first of two.
@@ -20,7 +21,7 @@ _STATES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """How one pod's trainer has ended."""
 
@@ -28,6 +29,14 @@ class Ended:
     code: int
     at: str
     message: str  # its post-mortem, or the end of its log
+    is_disrupted: bool  # has the condition DisruptionTarget
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether `podFailurePolicy` holds it against the Job."""
+        if self.is_disrupted:
+            return self.code in FAIL_CODES
+        return self.code not in {int(ExitCode.FINISHED), *IGNORED_CODES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +66,7 @@ class LiveJob:
 
     def condition(self, kind: str) -> Document | None:
         """Return a condition of the Job that is true."""
-        conditions: list[Document] = self.status.get("conditions", [])
-        return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), None)
+        return _condition(self.document, kind)
 
     @property
     def has_ended(self) -> bool:
@@ -100,9 +108,13 @@ class LiveJob:
         said = f"{failed.get('reason')}: {failed.get('message')}"
         if matched := _POLICY_CODE.search(failed.get("message", "")):
             code = int(matched[1])
-        else:
-            ended = [each for each in self.ends() if each.code]
-            code = ended[-1].code if ended else int(ExitCode.BUG)
+        else:  # the last fault: what survives is stopped, and ends later
+            faults = [each for each in self.ends() if each.is_fault]
+            if not faults:
+                return int(
+                    ExitCode.BUG
+                ), f"{self.name}: failed, no pod is left that says why; {said}"
+            code = faults[-1].code
         told = next((each for each in reversed(self.ends()) if each.code == code), None)
         line = f"{self.name}: failed with {_named(code)}; {said}"
         return code, f"{line}; pod {told.pod}: {told.message}" if told and told.message else line
@@ -155,6 +167,11 @@ def rivals(kubectl: Kubectl, *, run_id: str, run_dir: str) -> list[LiveJob]:
     ]
 
 
+def _condition(document: Document, kind: str) -> Document | None:
+    conditions: list[Document] = document.get("status", {}).get("conditions", [])
+    return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), None)
+
+
 def _end_of(pod: Document) -> Ended | None:
     statuses: list[Document] = pod.get("status", {}).get("containerStatuses", [])
     for each in statuses:
@@ -162,7 +179,13 @@ def _end_of(pod: Document) -> Ended | None:
         if each["name"] == TRAINER and ended is not None:
             name = pod["metadata"]["name"]
             at = ended.get("finishedAt") or ""
-            return Ended(name, int(ended["exitCode"]), at, _line_of(ended.get("message", "")))
+            return Ended(
+                pod=name,
+                code=int(ended["exitCode"]),
+                at=at,
+                message=_line_of(ended.get("message", "")),
+                is_disrupted=_condition(pod, "DisruptionTarget") is not None,
+            )
     return None
 
 
