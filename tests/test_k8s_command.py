@@ -377,6 +377,44 @@ def test_wait_goes_on_where_the_cluster_does_not_answer_for_a_moment(
     assert ended.stderr.count("no cluster answers") == 2
 
 
+@pytest.mark.parametrize("uid", [None, "another"])
+def test_wait_ends_where_the_job_is_deleted(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, uid: str | None
+) -> None:
+    cluster.submit()
+    job = cluster.object("job", "mine")
+
+    def sleep(_: float) -> None:
+        (cluster.folder / NAMESPACE / "job" / "mine.json").unlink()
+        if uid is not None:  # submitted again at once
+            cluster.put({**job, "metadata": {**job["metadata"], "uid": uid}})
+
+    clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    monkeypatch.setattr("launch.k8s.status.time", clock)
+    code, line = cluster.refused("wait", "mine")
+    assert code == 143
+    assert line.endswith(
+        f"was deleted before it had ended; the same submission goes on with {RUN_DIR}"
+    )
+
+
+def test_waiting_for_a_cluster_that_is_away_has_the_same_limit(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.submit()
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        (cluster.folder / "refuse-get").write_text("Unable to connect to the server: EOF")
+
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now[0])
+    monkeypatch.setattr("launch.k8s.status.time", clock)
+    ended = cluster.run("wait", "mine", "--timeout=5")
+    assert (ended.returncode, "no cluster answers" in ended.stderr.splitlines()[-1]) == (75, True)
+    assert now[0] <= 10
+
+
 def test_wait_has_a_limit_where_it_was_given_one(cluster: Cluster) -> None:
     cluster.submit()
     assert cluster.refused("wait", "mine", "--timeout=0.1") == (
@@ -410,12 +448,49 @@ def test_status_joins_the_head_of_the_runs_log(cluster: Cluster, trained_run: Pa
     assert f"{trained_run} (finished, step 6)" in cluster.told("status", "mine")
 
 
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("The connection to the server 10.0.0.1:6443 was refused - did you specify", 75),
+        ("Unable to connect to the server: net/http: TLS handshake timeout", 75),
+        ('error: error validating "STDIN": Get "https://c": dial: connect: connection refused', 75),
+        ("Error from server (ServiceUnavailable): the server is currently unable to handle", 75),
+        ("Error from server (TooManyRequests): the server has received too many requests", 75),
+        ("Error from server: etcdserver: leader changed", 75),
+        ("Error from server (InternalError): failed calling webhook: no such host", 75),
+        ('Error from server (Forbidden): jobs.batch is forbidden: User "u" cannot get', 64),
+        ("error: You must be logged in to the server (Unauthorized)", 64),
+        ('Error from server (BadRequest): admission webhook "w": proxy: no such host', 64),
+    ],
+)
+def test_what_passes_is_told_from_what_is_refused(cluster: Cluster, said: str, code: int) -> None:
+    (cluster.folder / "refuse-get").write_text(said)
+    found, line = cluster.refused("status", "mine")
+    assert found == code
+    assert said in line
+    assert ("no cluster answers" in line) == ("Error from server" not in said and code == 75)
+
+
+def test_a_kubectl_that_cannot_be_started_is_one_line(cluster: Cluster) -> None:
+    cluster.program.write_bytes(b"\x7fELF of another machine")
+    ended = cluster.start("status", "mine", environ={"PATH": str(cluster.program.parent)})
+    line = "launch.k8s: kubectl: cannot be started: Exec format error\n"
+    assert (ended.returncode, ended.stderr) == (78, line)
+
+
+def test_logs_of_no_run_are_refused(cluster: Cluster) -> None:
+    code, line = cluster.refused("logs", "mien")
+    assert (code, "run mien: there is no such Job in namespace" in line) == (64, True)
+
+
 def test_logs_are_those_of_the_runs_trainers(cluster: Cluster) -> None:
+    cluster.submit()
     shown = cluster.start("logs", "mine", "--index=2")  # kubectl writes to our output itself
     assert shown.returncode == 0, shown.stderr
     said = shown.stdout.strip()
     assert "fmnist-dist/run-id=mine,app.kubernetes.io/component=trainer" in said
     assert said.endswith("batch.kubernetes.io/job-completion-index=2")
+    assert "--ignore-errors" in cluster.calls()[-1], "a pod without a node has no log yet"
 
 
 NODE = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1", "labels": {}}}

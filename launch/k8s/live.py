@@ -51,6 +51,10 @@ class LiveJob:
         return str(self.document["metadata"]["name"])
 
     @property
+    def uid(self) -> str:
+        return str(self.document["metadata"]["uid"])
+
+    @property
     def run_dir(self) -> str:
         return str(self.document["metadata"].get("annotations", {}).get(RUN_DIR, ""))
 
@@ -129,7 +133,11 @@ def find_job(kubectl: Kubectl, name: str) -> LiveJob:
             f"run {name}: there is no such Job in namespace {kubectl.namespace}, found "
             f"{', '.join(there) or 'none of ours'}"
         )
-    return LiveJob(job.document, kubectl.all("pods", selector=f"{JOB_NAME}={name}"))
+    return with_pods(kubectl, job)
+
+
+def with_pods(kubectl: Kubectl, job: LiveJob) -> LiveJob:
+    return LiveJob(job.document, kubectl.all("pods", selector=f"{JOB_NAME}={job.name}"))
 
 
 def job_called(kubectl: Kubectl, name: str) -> LiveJob | None:
