@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from launch.k8s.manifest import COMPONENT, Document, Manifest, selects
-from launch.k8s.providers import PROVIDERS, provider_of
+from launch.k8s.providers import PROVIDERS, Provider, provider_of
 
 _LONGEST_TOLERATION = 60
 
@@ -32,11 +32,15 @@ def no_toleration_is_a_wildcard(manifest: Manifest) -> Iterator[str]:
 
 
 def lost_nodes_are_left_soon(manifest: Manifest) -> Iterator[str]:
-    tolerations = manifest.pod.get("tolerations", ())
-    for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
-        found = [each.get("tolerationSeconds") for each in tolerations if each.get("key") == key]
-        if not found or found[0] is None or found[0] > _LONGEST_TOLERATION:
-            yield f"{key} is tolerated for {found[0] if found else 300} s, expected at most 60 s"
+    for name, template in manifest.pods():
+        tolerations = template["spec"].get("tolerations", ())
+        for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
+            found = [
+                each.get("tolerationSeconds") for each in tolerations if each.get("key") == key
+            ]
+            if not found or found[0] is None or found[0] > _LONGEST_TOLERATION:
+                seconds = 300 if not found else "ever" if found[0] is None else found[0]
+                yield f"{name} tolerates {key} for {seconds}, expected at most 60 s"
 
 
 def nothing_delays_the_notice(manifest: Manifest) -> Iterator[str]:
@@ -47,8 +51,7 @@ def nothing_delays_the_notice(manifest: Manifest) -> Iterator[str]:
         if annotations.get("karpenter.sh/do-not-disrupt") == "true" and name.startswith("Job"):
             yield f"{name} has karpenter.sh/do-not-disrupt: no SIGTERM comes in time"
     for budget in manifest.of_kind("PodDisruptionBudget"):
-        selector = budget["spec"].get("selector", {})
-        if selects(selector, manifest.template["metadata"]["labels"]):
+        if selects(budget["spec"].get("selector"), manifest.template["metadata"]["labels"]):
             yield (
                 f"PodDisruptionBudget {budget['metadata']['name']} covers the trainers: drains of "
                 "spot nodes wait for it, and no SIGTERM comes in time"
@@ -63,16 +66,29 @@ def the_store_stays_off_spot_nodes(manifest: Manifest) -> Iterator[str]:
     for deployment in manifest.of_kind("Deployment"):
         template = deployment["spec"]["template"]
         if template["metadata"]["labels"].get(COMPONENT) == "store" and not _avoids(
-            template["spec"], PROVIDERS[name].key
+            template["spec"], PROVIDERS[name]
         ):
             yield f"Deployment {deployment['metadata']['name']} may run on spot nodes of {name}"
 
 
-def _avoids(pod: Document, key: str) -> bool:
+def the_store_is_in_no_spot_pod(manifest: Manifest) -> Iterator[str]:
+    name = provider_of(manifest.pod.get("nodeSelector", {}))
+    if name is not None and not manifest.has_store_apart:
+        yield (
+            f"index 0 hosts the rendezvous store on spot nodes of {name}: where it is preempted, "
+            "all wait for its replacement; expected the component rendezvous"
+        )
+
+
+def _avoids(pod: Document, provider: Provider) -> bool:
     affinity = pod.get("affinity", {}).get("nodeAffinity", {})
     needed = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {})
     terms = needed.get("nodeSelectorTerms", [])
     return bool(terms) and all(
-        any(each["key"] == key and each["operator"] == "NotIn" for each in term["matchExpressions"])
+        any(
+            (each["key"], each["operator"]) == (provider.key, "NotIn")
+            and provider.value in each["values"]
+            for each in term.get("matchExpressions", ())
+        )
         for term in terms
     )
