@@ -18,6 +18,11 @@ LONGEST_BACKOFF_SECONDS = 600.0  # job_controller.go: MaxJobPodFailureBackOff
 MAX_INT32 = 2**31 - 1
 
 
+def backoff_seconds(ends: int) -> float:
+    """`getRemainingTimePerIndex` of backoff_utils.go: `ends` of an index, ignored ones too."""
+    return min(FIRST_BACKOFF_SECONDS * 2.0 ** (ends - 1), LONGEST_BACKOFF_SECONDS)
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How the containers of a pod have ended."""
@@ -227,7 +232,9 @@ class JobController:
         terminating = sum(pod.is_terminating for pod in self.pods)
         for index in self._pending_indexes()[: max(0, wanted - terminating - len(active))]:
             former = self._last_failed(index)
-            if former is None or now - former.ended_at >= self._backoff(former):
+            if former is None or now - former.ended_at >= backoff_seconds(
+                former.failures + former.ignored + 1
+            ):
                 self._create(index, former)
 
     def _pending_indexes(self) -> list[int]:
@@ -242,12 +249,6 @@ class JobController:
             pod for pod in self.pods if pod.index == index and pod.is_failed and pod.is_tracked
         ]
         return max(failed, key=lambda pod: (pod.failures + pod.ignored, pod.ended_at), default=None)
-
-    @staticmethod
-    def _backoff(former: Pod) -> float:
-        """`getRemainingTimePerIndex` of backoff_utils.go: ignored failures are among them."""
-        times = former.failures + former.ignored + 1
-        return min(FIRST_BACKOFF_SECONDS * 2.0 ** (times - 1), LONGEST_BACKOFF_SECONDS)
 
     def _create(self, index: int, former: Pod | None) -> None:
         """`CreatePodsWithGenerateName`, and `getNewIndexFailureCounts` of indexed_job_utils.go."""

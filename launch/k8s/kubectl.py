@@ -65,13 +65,12 @@ class Kubectl:
         words = ["--selector", selector] if selector else []
         return list(json.loads(self._call("get", kind, *words, "-o", "json"))["items"])
 
-    def nodes(self) -> "list[Document]":
-        """Return the nodes of the cluster; [] where this user may not see them."""
+    def nodes(self) -> "dict[str, Document] | None":
+        """Return the nodes of the cluster by name; None where this user may not see them."""
         try:
-            return list(json.loads(self._call("get", "nodes", "-o", "json"))["items"])
-        except UsageError as error:
-            print(f"nodes: {error}")
-            return []
+            return {each["metadata"]["name"]: each for each in self.all("nodes")}
+        except UsageError:
+            return None
 
     def check(self, documents: Sequence[Document]) -> None:
         """Let the server validate documents, and admit them, without creating anything."""

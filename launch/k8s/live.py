@@ -7,7 +7,17 @@ from typing import Any
 
 from fmnist_dist.errors import ExitCode, UsageError
 from launch.k8s.kubectl import Kubectl
-from launch.k8s.manifest import APP, JOB_NAME, NAME, RUN_DIR, RUN_ID, TRAINER, Document
+from launch.k8s.manifest import (
+    APP,
+    INDEX,
+    JOB_NAME,
+    NAME,
+    RUN_DIR,
+    RUN_ID,
+    TRAINER,
+    Document,
+    Manifest,
+)
 from launch.k8s.rules.ends import FAIL_CODES, IGNORED_CODES
 
 _POLICY_CODE = re.compile(r"failed with exit code (\d+) matching")
@@ -70,11 +80,15 @@ class LiveJob:
 
     def condition(self, kind: str) -> Document | None:
         """Return a condition of the Job that is true."""
-        return _condition(self.document, kind)
+        return condition_of(self.document, kind)
 
     @property
     def has_ended(self) -> bool:
         return self.condition("Complete") is not None or self.condition("Failed") is not None
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest([self.document])
 
     @property
     def decisive(self) -> Document | None:
@@ -175,7 +189,19 @@ def rivals(kubectl: Kubectl, *, run_id: str, run_dir: str) -> list[LiveJob]:
     ]
 
 
-def _condition(document: Document, kind: str) -> Document | None:
+def index_of(pod: Document) -> int | None:
+    """Return the completion index of a pod; None of one that is not of an Indexed Job."""
+    index = pod["metadata"].get("labels", {}).get(INDEX)
+    return None if index is None else int(index)
+
+
+def indexes(text: str | None) -> set[int]:
+    """Return what the server writes as `1,3-5`."""
+    ranges = [each.partition("-") for each in (text or "").split(",") if each]
+    return {n for low, _, high in ranges for n in range(int(low), int(high or low) + 1)}
+
+
+def condition_of(document: Document, kind: str) -> Document | None:
     conditions: list[Document] = document.get("status", {}).get("conditions", [])
     return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), None)
 
@@ -192,7 +218,7 @@ def _end_of(pod: Document) -> Ended | None:
                 code=int(ended["exitCode"]),
                 at=at,
                 message=_line_of(ended.get("message", "")),
-                is_disrupted=_condition(pod, "DisruptionTarget") is not None,
+                is_disrupted=condition_of(pod, "DisruptionTarget") is not None,
             )
     return None
 

@@ -72,7 +72,7 @@ def _complete(kubectl: Kubectl, manifest: Manifest, created: Document) -> None:
 def scale(kubectl: Kubectl, name: str, nodes: int) -> str:
     """Change the number of pods, within the limits that the rendezvous was given."""
     job = _live(kubectl, name)
-    low, high = node_range(job.spec["template"]["spec"]["containers"][0]["args"])
+    low, high = node_range(job.manifest.args)
     if not low <= nodes <= high:
         raise UsageError(
             f"flag --nodes: found {nodes}, expected {low} to {high}: the pods of {name} were told "
