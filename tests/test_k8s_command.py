@@ -168,6 +168,9 @@ def test_kueue_releases_what_is_in_its_queue(cluster: Cluster) -> None:
     job = cluster.object("job", "mine")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
     assert job["spec"]["suspend"] is True
+    for verb in ("suspend", "resume"):
+        code, line = cluster.refused(verb, "mine")
+        assert (code, "Kueue starts and stops what is in its queue research" in line) == (64, True)
 
 
 def test_the_same_run_goes_on_when_its_job_has_ended(cluster: Cluster) -> None:
@@ -765,6 +768,16 @@ def test_doctor_finds_what_somebody_has_changed_in_the_cluster(cluster: Cluster)
         (["--with=s3-irsa"], "flag --role-arn: found nothing, expected the role of the bucket"),
         (["--env=FMNIST_DIST_LRR=1"], "environment FMNIST_DIST_LRR: there is no such setting"),
         (["--env=nothing"], "flag --env: found 'nothing', expected KEY=VALUE"),
+        (["--env=AWS_SECRET_ACCESS_KEY=hush"], "flag --env: AWS_SECRET_ACCESS_KEY is a secret: "),
+        (["--env=RDZV_CONF=a=b"], "flag --env: RDZV_CONF is set by the manifest itself"),
+        (["--env=FMNIST_DIST_CONFIG=pyproject.toml"], "FMNIST_DIST_CONFIG: the pods do not have"),
+        (["--env=TORCH_ELASTIC_SHUTDOWN_TIMEOUT=soon"], "TIMEOUT is soon, expected whole seconds"),
+        (["--env=AWS_ENDPOINT_URL=http://s3:x"], "AWS_ENDPOINT_URL: found 'http://***', expected"),
+        (["--env=AWS_ENDPOINT_URL=s3:8333"], "AWS_ENDPOINT_URL: found 's3:8333', expected http"),
+        (["--with=kueue"], "flag --queue: found nothing, expected the name of Kueue's queue"),
+        (["--role-arn=arn:aws:iam::1:role/r"], "flag --role-arn: nothing takes a role, expected "),
+        (["--namespace=My_Space"], "flag --namespace: found 'My_Space', expected lower-case"),
+        (["--run-dir=memory://runs/mine"], "flag --run-dir: found 'memory://runs/mine', expected"),
         (["--imagee=x"], "flag --imagee: there is no such flag; did you mean --image?"),
         (["--", "--lrr=1"], "flag --lrr: there is no such flag; did you mean --lr?"),
         (["--", "--lr=fast"], "flag --lr: found 'fast', expected a number above 0"),
@@ -863,6 +876,44 @@ def test_an_overlay_of_the_users_own_is_a_folder_and_keeps_the_rules(
     code, line = cluster.refused("render", *words[1:])
     assert code == 64
     assert line.endswith("Job mine tolerates every taint, which also exempts it from being drained")
+
+
+def test_what_an_overlay_brings_besides_stays_as_it_is(cluster: Cluster, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    base = os.path.relpath(ROOT / "k8s" / "overlays" / "cpu-local", own.resolve())
+    more = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "dashboards"}}
+    (own / "more.yaml").write_text(yaml.safe_dump(more))
+    proxy = {
+        "name": "proxy",
+        "image": f"registry/proxy@sha256:{'b' * 64}",
+        "ports": [{"containerPort": 8080}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+    path = "/spec/template/spec/containers"
+    changes = [
+        {"op": "add", "path": f"{path}/-", "value": proxy},
+        {"op": "add", "path": f"{path}/0/envFrom/-", "value": {"secretRef": {"name": "s3"}}},
+    ]
+    wanted = {
+        "resources": [base, "more.yaml"],
+        "patches": [{"target": {"kind": "Job"}, "patch": yaml.safe_dump(changes)}],
+    }
+    (own / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
+    words = [f"--overlay={own}" if "--overlay" in each else each for each in SUBMIT[1:]]
+    text = cluster.told("render", *words, "--env=AWS_REGION=eu-central-1")
+    documents = list(yaml.safe_load_all(text))
+    job = next(each for each in documents if each["kind"] == "Job")
+    trainer, beside = job["spec"]["template"]["spec"]["containers"]
+    assert (trainer["image"], beside) == (IMAGE, proxy)
+    assert trainer["envFrom"][1:] == [{"secretRef": {"name": "s3"}}]
+    maps = {e["metadata"]["name"]: e.get("data") for e in documents if e["kind"] == "ConfigMap"}
+    assert maps["dashboards"] is None
+    assert maps["mine-settings"]["AWS_REGION"] == "eu-central-1"
 
 
 def test_the_stand_in_refuses_what_the_api_server_refuses(cluster: Cluster) -> None:

@@ -29,7 +29,8 @@ def rendered(overlay: str, *components: str) -> Manifest:
         run_dir="s3://bucket/runs/mine",
         nodes="2:4",
         components=list(components),
-        role_arn=ROLE,
+        queue="research" if "kueue" in components else None,
+        role_arn=ROLE if {"s3-irsa", "s3-projected-token"} & {*components} else None,
     )
     return render(request, [])
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from launch.k8s.controller import backoff_seconds
 from launch.k8s.kubectl import Kubectl
 from launch.k8s.live import LiveJob, find_job, index_of, indexes
-from launch.k8s.manifest import COMPONENT, RUN_ID, Document, Manifest
+from launch.k8s.manifest import COMPONENT, RUN_ID, STORE, Document, Manifest
 from launch.k8s.providers import PROVIDERS, provider_of
 from launch.k8s.rules import check
 
@@ -34,7 +34,7 @@ def examine(kubectl: Kubectl, name: str, *, now: datetime | None = None) -> list
     run_id = job.document["metadata"]["labels"][RUN_ID]
     around = [each for kind in _OWNED for each in kubectl.all(kind, selector=f"{RUN_ID}={run_id}")]
     around += [each for kind in _COVERING for each in kubectl.all(kind)]
-    store = kubectl.all("pods", selector=f"{RUN_ID}={run_id},{COMPONENT}=store")
+    store = kubectl.all("pods", selector=f"{RUN_ID}={run_id},{COMPONENT}={STORE}")
     nodes = kubectl.nodes()
     if nodes is None:
         print("warning: this user may not see nodes: what they say is left out", file=sys.stderr)

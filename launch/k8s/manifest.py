@@ -22,6 +22,7 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 JOB_NAME = "batch.kubernetes.io/job-name"
 INDEX = "batch.kubernetes.io/job-completion-index"
 TRAINER = "trainer"
+STORE = "store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class Manifest:
 
 def flag_in(args: Sequence[str], name: str) -> str:
     """Return the value of `--name=value` or `--name value`; "" where it is not given."""
-    for each, following in zip(args, [*args[1:], ""], strict=True):
+    for each, following in zip(args, [*args[1:], ""], strict=False):
         if each == f"--{name}":
             return following
         if each.startswith(f"--{name}="):

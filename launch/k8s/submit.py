@@ -86,7 +86,12 @@ def scale(kubectl: Kubectl, name: str, nodes: int) -> str:
 
 def suspend(kubectl: Kubectl, name: str, *, on: bool) -> str:
     """End all pods with notice, or start them again."""
-    _live(kubectl, name)
+    queue = _live(kubectl, name).document["metadata"]["labels"].get(QUEUE)
+    if queue is not None:
+        raise UsageError(
+            f"run {name}: Kueue starts and stops what is in its queue {queue} and would undo this; "
+            "expected a change of its Workload (spec.active)"
+        )
     kubectl.patch("job", name, {"spec": {"suspend": on}})
     return f"{name}: {'suspended' if on else 'goes on'}"
 

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from fmnist_dist.errors import UsageError
 from fmnist_dist.settings import PREFIX, load
-from launch.k8s.manifest import Manifest, flag_in, node_range
+from launch.k8s.manifest import STORE, Manifest, flag_in, node_range
 
 _LABEL_LENGTH = 63
 _VARIABLE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
@@ -51,7 +51,8 @@ def ports_agree(manifest: Manifest) -> Iterator[str]:
             ports = container.get("ports", ())
             open_ = [(each.get("name", ""), each["containerPort"]) for each in ports]
             places.append((f"container {container['name']} of {name}", open_))
-            if listens := flag_in(container.get("args", []), "port"):
+            listens = flag_in(container.get("args", []), "port")
+            if listens and container["name"] == STORE:
                 places.append((f"--port of {name}", [("rendezvous", int(listens))]))
     for service in manifest.of_kind("Service"):
         name, ports = service["metadata"]["name"], service["spec"].get("ports", ())

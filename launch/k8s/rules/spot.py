@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from launch.k8s.manifest import COMPONENT, Document, Manifest, selects
+from launch.k8s.manifest import COMPONENT, STORE, Document, Manifest, selects
 from launch.k8s.providers import PROVIDERS, Provider, provider_of
 
 _LONGEST_TOLERATION = 60
@@ -65,7 +65,7 @@ def the_store_stays_off_spot_nodes(manifest: Manifest) -> Iterator[str]:
         return
     for deployment in manifest.of_kind("Deployment"):
         template = deployment["spec"]["template"]
-        if template["metadata"]["labels"].get(COMPONENT) == "store" and not _avoids(
+        if template["metadata"]["labels"].get(COMPONENT) == STORE and not _avoids(
             template["spec"], PROVIDERS[name]
         ):
             yield f"Deployment {deployment['metadata']['name']} may run on spot nodes of {name}"
