@@ -160,6 +160,7 @@ def test_submit_creates_suspended_completes_and_releases(cluster: Cluster) -> No
     ):
         (owner,) = cluster.object(kind, name)["metadata"]["ownerReferences"]
         assert (owner["kind"], owner["uid"]) == ("Job", job["metadata"]["uid"])
+        assert owner["blockOwnerDeletion"] is True, "a deletion waits for all that is owned"
     assert "ownerReferences" not in cluster.object("serviceaccount", "fmnist-dist")["metadata"]
 
 

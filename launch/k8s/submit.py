@@ -59,6 +59,9 @@ def _complete(kubectl: Kubectl, manifest: Manifest, created: Document) -> None:
         "kind": created["kind"],
         "name": created["metadata"]["name"],
         "uid": created["metadata"]["uid"],
+        # Or a deletion of the Job would not wait for the store, and the next submission, under the
+        # same names, apply what is about to go.
+        "blockOwnerDeletion": True,
     }
     rest = [each for each in manifest.documents if each["kind"] != "Job"]
     for document in rest:
