@@ -91,6 +91,12 @@ def annotate(manifest: Manifest) -> None:
     manifest.template["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] = "true"
 
 
+def ask_for_spot_by_affinity(manifest: Manifest) -> None:
+    terms = [expression("cloud.google.com/gke-spot", "In", "true"), expression("own", "Exists")]
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+    manifest.pod["affinity"] = {"nodeAffinity": required}
+
+
 def replace_values(manifest: Manifest, values: list[str]) -> None:
     """Let the store avoid nodes with other values of the label."""
     affinity = store(manifest)["template"]["spec"]["affinity"]["nodeAffinity"]
@@ -269,6 +275,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
         ("eks-spot-karpenter", lambda m: m.pod.update(terminationGracePeriodSeconds=121)),
         ("eks-spot-mng", lambda m: m.pod.update(terminationGracePeriodSeconds=121)),
         ("aks-spot", lambda m: m.pod.update(terminationGracePeriodSeconds=31)),
+        ("cpu-local", ask_for_spot_by_affinity),
     ],
     "spot_taints_are_tolerated": [
         ("aks-spot", lambda m: m.pod["tolerations"].pop()),

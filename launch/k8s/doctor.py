@@ -11,7 +11,7 @@ from launch.k8s.controller import backoff_seconds
 from launch.k8s.kubectl import Kubectl
 from launch.k8s.live import LiveJob, find_job, index_of, indexes
 from launch.k8s.manifest import COMPONENT, RUN_ID, STORE, Document, Manifest
-from launch.k8s.providers import PROVIDERS, provider_of
+from launch.k8s.providers import PROVIDERS, provider_for, provider_of
 from launch.k8s.rules import check
 
 _PATIENCE_SECONDS = 30  # beyond its grace, before a pod counts as a ghost
@@ -97,7 +97,7 @@ def _not_started(pods: list[Document], now: datetime) -> Iterator[str]:
 
 def _short_notices(job: LiveJob, nodes: dict[str, Document]) -> Iterator[str]:
     """Graces that are longer than the notice of the nodes that pods really run on."""
-    told = provider_of(job.spec["template"]["spec"].get("nodeSelector", {}))
+    told = provider_for(job.manifest.pod)
     for pod in job.pods:
         node = pod["spec"].get("nodeName", "")
         found = provider_of(nodes.get(node, {}).get("metadata", {}).get("labels", {}))
