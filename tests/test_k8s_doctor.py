@@ -195,6 +195,22 @@ def test_doctor_finds_pods_that_do_not_start(
     assert line.startswith(said)
 
 
+def test_doctor_lets_pods_rest_that_have_ended(cluster: Cluster) -> None:
+    cluster.told(*["--overlay=cpu-local" if "overlay" in each else each for each in SUBMIT])
+    former = {
+        "deletionTimestamp": LONG_AGO,
+        "annotations": {"karpenter.sh/do-not-disrupt": "true"},
+        "labels": {
+            "batch.kubernetes.io/job-name": "mine",
+            "batch.kubernetes.io/job-completion-index": "0",
+        },
+    }
+    for name, phase in (("mine-0-x", "Failed"), ("mine-0-y", "Succeeded")):
+        cluster.put(pod(metadata={**former, "name": name}, status={"phase": phase}))
+    cluster.put(node(**{"kubernetes.azure.com/scalesetpriority": "spot"}))
+    assert cluster.told("doctor", "mine") == "mine: nothing found"
+
+
 def test_doctor_claims_nothing_of_nodes_that_it_may_not_see(cluster: Cluster) -> None:
     cluster.submit()
     cluster.put(pod(metadata={"deletionTimestamp": LONG_AGO}))
@@ -227,10 +243,10 @@ def test_doctor_finds_indexes_that_nobody_works_on(cluster: Cluster) -> None:
     job["status"] = {"startTime": LONG_AGO, "completedIndexes": "1", "failedIndexes": "2,3"}
     cluster.put(job)
     for index, (phase, ends) in {
-        0: ("Running", 0),
+        0: ("Running", 2000),
         4: ("Failed", 2),
         5: ("Pending", 9),
-        6: ("Failed", 9),
+        6: ("Failed", 1999),
     }.items():
         counted = {
             "batch.kubernetes.io/job-index-failure-count": "1",
@@ -249,7 +265,7 @@ def test_doctor_finds_indexes_that_nobody_works_on(cluster: Cluster) -> None:
         "index 6 has no pod",
         "index 7 has no pod",
     ]
-    assert "after 11 ends, preemptions too, Kubernetes waits 600 s" in lines[2]
+    assert "after 2001 ends, preemptions too, Kubernetes waits 600 s" in lines[2]
     assert "kubectl --namespace fmnist-dist describe job mine says why" in lines[3]
 
 

@@ -20,7 +20,8 @@ MAX_INT32 = 2**31 - 1
 
 def backoff_seconds(ends: int) -> float:
     """`getRemainingTimePerIndex` of backoff_utils.go: `ends` of an index, ignored ones too."""
-    return min(FIRST_BACKOFF_SECONDS * 2.0 ** (ends - 1), LONGEST_BACKOFF_SECONDS)
+    doubled = min(ends - 1, 10)  # enough for the longest, and no overflow
+    return min(FIRST_BACKOFF_SECONDS * 2.0**doubled, LONGEST_BACKOFF_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

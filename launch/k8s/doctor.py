@@ -17,7 +17,6 @@ from launch.k8s.rules import check
 _PATIENCE_SECONDS = 30  # beyond its grace, before a pod counts as a ghost
 _SLOW_SECONDS = 300  # to find a node, or to be started
 _ON_THE_WAY = {None, "ContainerCreating", "PodInitializing"}
-_OVER = {"Succeeded", "Failed"}
 # The Job controller's annotations on a pod: the ends of its index before it.
 _COUNTS = (
     "batch.kubernetes.io/job-index-failure-count",
@@ -39,23 +38,25 @@ def examine(kubectl: Kubectl, name: str, *, now: datetime | None = None) -> list
     if nodes is None:
         print("warning: this user may not see nodes: what they say is left out", file=sys.stderr)
     when = now or datetime.now(UTC)
+    pods = [each for each in job.pods if _is_alive(each)]
+    host = store if job.manifest.has_store_apart else [e for e in pods if index_of(e) == 0]
     return [
         *(str(each) for each in check(Manifest([job.document, *around]))),
-        *_ghosts(job, nodes, kubectl.namespace, when),
-        *_not_started([*job.pods, *store], when),
-        *_short_notices(job, nodes or {}),
-        *_undisrupted(job),
-        *_stores_on_spot_nodes(job, store, nodes or {}),
+        *_ghosts(pods, nodes, kubectl.namespace, when),
+        *_not_started([*pods, *store], when),
+        *_short_notices(pods, nodes or {}, told=provider_for(job.manifest.pod)),
+        *_undisrupted(pods),
+        *_stores_on_spot_nodes(host, nodes or {}),
         *_abandoned_indexes(job, kubectl.namespace, when),
         *_ends(job),
     ]
 
 
 def _ghosts(
-    job: LiveJob, nodes: dict[str, Document] | None, namespace: str, now: datetime
+    pods: list[Document], nodes: dict[str, Document] | None, namespace: str, now: datetime
 ) -> Iterator[str]:
     """Pods that are Terminating for longer than their grace: nothing replaces them meanwhile."""
-    for pod in job.pods:
+    for pod in pods:
         # Of the end of the grace, as the server computes it.
         until = pod["metadata"].get("deletionTimestamp")
         if until is None or _age(until, now) < _PATIENCE_SECONDS:
@@ -95,10 +96,11 @@ def _not_started(pods: list[Document], now: datetime) -> Iterator[str]:
             )
 
 
-def _short_notices(job: LiveJob, nodes: dict[str, Document]) -> Iterator[str]:
+def _short_notices(
+    pods: list[Document], nodes: dict[str, Document], *, told: str | None
+) -> Iterator[str]:
     """Graces that are longer than the notice of the nodes that pods really run on."""
-    told = provider_for(job.manifest.pod)
-    for pod in job.pods:
+    for pod in pods:
         node = pod["spec"].get("nodeName", "")
         found = provider_of(nodes.get(node, {}).get("metadata", {}).get("labels", {}))
         grace = pod["spec"].get("terminationGracePeriodSeconds", 30)
@@ -110,9 +112,9 @@ def _short_notices(job: LiveJob, nodes: dict[str, Document]) -> Iterator[str]:
             )
 
 
-def _undisrupted(job: LiveJob) -> Iterator[str]:
+def _undisrupted(pods: list[Document]) -> Iterator[str]:
     """Annotations that somebody, or a webhook, has put on the pods themselves."""
-    for pod in job.pods:
+    for pod in pods:
         if pod["metadata"].get("annotations", {}).get("karpenter.sh/do-not-disrupt") == "true":
             yield (
                 f"pod {pod['metadata']['name']} has karpenter.sh/do-not-disrupt: drains wait for "
@@ -120,11 +122,7 @@ def _undisrupted(job: LiveJob) -> Iterator[str]:
             )
 
 
-def _stores_on_spot_nodes(
-    job: LiveJob, pods: list[Document], nodes: dict[str, Document]
-) -> Iterator[str]:
-    if not job.manifest.has_store_apart:
-        pods = [each for each in job.pods if index_of(each) == 0]
+def _stores_on_spot_nodes(pods: list[Document], nodes: dict[str, Document]) -> Iterator[str]:
     for pod in pods:
         node = pod["spec"].get("nodeName", "")
         if found := provider_of(nodes.get(node, {}).get("metadata", {}).get("labels", {})):
@@ -141,7 +139,7 @@ def _abandoned_indexes(job: LiveJob, namespace: str, now: datetime) -> Iterator[
     if job.decisive is not None or began is None or _age(began, now) < _SLOW_SECONDS:
         return
     done = given_up | indexes(job.status.get("completedIndexes"))
-    alive = {index_of(each) for each in job.pods if each["status"].get("phase") not in _OVER}
+    alive = {index_of(each) for each in job.pods if _is_alive(each)}
     for index in sorted({*range(job.spec["completions"])} - done - alive):
         ends = max((_ends_so_far(each) for each in job.pods if index_of(each) == index), default=0)
         pause = backoff_seconds(ends)
@@ -155,6 +153,11 @@ def _abandoned_indexes(job: LiveJob, namespace: str, now: datetime) -> Iterator[
                 f"index {index} has no pod: after {ends} ends, preemptions too, Kubernetes waits "
                 f"{pause:g} s before it starts another"
             )
+
+
+def _is_alive(pod: Document) -> bool:
+    """Whether a pod may still do something: those that have ended stay as long as the Job."""
+    return pod["status"].get("phase") not in {"Succeeded", "Failed"}
 
 
 def _ends_so_far(pod: Document) -> int:
