@@ -116,6 +116,16 @@ def test_what_cannot_be_completed_is_taken_back(cluster: Cluster) -> None:
     cluster.told(*SUBMIT)
 
 
+@pytest.mark.parametrize(("verb", "expected"), [("create", 76), ("apply", 75)])
+def test_a_submission_at_the_same_moment_is_not_disturbed(
+    cluster: Cluster, verb: str, expected: int
+) -> None:
+    refusal = 'Error from server (AlreadyExists): jobs.batch "mine" already exists'
+    (cluster.folder / f"refuse-{verb}").write_text(refusal)
+    assert cluster.refused(*SUBMIT) == (expected, f"launch.k8s: kubectl {verb}: {refusal}")
+    assert "delete" not in {each[2] for each in cluster.calls()}
+
+
 def test_why_a_submission_failed_is_said_also_where_it_cannot_be_taken_back(
     cluster: Cluster,
 ) -> None:

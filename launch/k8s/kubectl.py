@@ -37,6 +37,7 @@ _AWAY = (
 _ANSWER = re.compile(r"Error from server(?: \((?P<reason>\w+)\))?: ")
 # Reasons of k8s.io/apimachinery that pass; etcd's elections and time-outs come without one.
 _PASSING = {
+    "AlreadyExists",  # of an object that came while `apply` was at it
     "Conflict",
     "InternalError",
     "ServerTimeout",
@@ -148,11 +149,12 @@ def _failure(command: list[str], said: str) -> FmnistDistError:
             f"no cluster answers: {lines[-1] if lines else '?'}; kubectl has to reach one "
             "(KUBECONFIG, kubectl config use-context)"
         )
-    is_passing = answer is not None and (answer["reason"] in _PASSING or "etcdserver:" in said)
+    reason = answer["reason"] if answer is not None else None
+    if reason == "AlreadyExists" and "create" in command:
+        return FencedError(f"kubectl {_what(command)}: {line}")
+    is_passing = reason in _PASSING or (answer is not None and "etcdserver:" in said)
     if is_passing or "timed out waiting" in said:
         return TransientError(f"kubectl {_what(command)}: {line}")
-    if "AlreadyExists" in said:
-        return FencedError(f"kubectl {_what(command)}: {line}")
     return UsageError(f"kubectl {_what(command)}: {line}")
 
 
