@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clusters import Cluster
 from faulty_proxy import FaultyProxy
 from jobs import ROOT
 from run_files import Folder
@@ -106,3 +107,20 @@ def s3_proxy(seaweed: Seaweed) -> Iterator[FaultyProxy]:
         yield proxy
     finally:
         proxy.close()
+
+
+@pytest.fixture(scope="session")
+def submission(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the first test that needs it leaves what a submission comes to."""
+    return tmp_path_factory.mktemp("submission") / "cluster"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, submission: Path) -> Cluster:
+    folder, program = tmp_path / "cluster", tmp_path / "bin" / "kubectl"
+    folder.mkdir()
+    program.parent.mkdir()
+    stand_in = ROOT / "tests" / "kubectl_stand_in.py"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stand_in}" "$@"\n')
+    program.chmod(0o755)
+    return Cluster(folder, program, submission)

@@ -38,8 +38,9 @@ def main(words: list[str]) -> int:
     namespace = option(words, "--namespace") or "default"
     rest = [each for each in words if each not in {"--namespace", namespace}]
     verb, *rest = rest
-    if (CLUSTER / f"refuse-{verb}").exists():
-        return fail((CLUSTER / f"refuse-{verb}").read_text().strip())
+    for refused in (f"refuse-{verb}", f"refuse-{verb}-{rest[0]}"):
+        if (CLUSTER / refused).exists():
+            return fail((CLUSTER / refused).read_text().strip())
     return {
         "get": get,
         "create": create,

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from jobdocuments import job_document, pod_documents
 
 from fmnist_dist.errors import ExitCode
 from launch.k8s.controller import Ended, JobController, Pod
@@ -74,7 +75,7 @@ class Cluster:
 
     @property
     def verdict(self) -> tuple[int, str]:
-        return LiveJob(self.controller.document(), self.controller.pod_documents()).verdict()
+        return LiveJob(job_document(self.controller), pod_documents(self.controller)).verdict()
 
 
 def cluster(
@@ -176,6 +177,25 @@ def test_a_pod_that_cannot_come_back_ends_the_job_only_below_the_smallest_world(
     lost.add(1)
     watched.pass_time()
     assert watched.outcome == ("Failed", "MaxFailedIndexesExceeded")
+    assert [pod.index for pod in watched.kubelet.stopped] == [0]
+    assert watched.verdict[0] == 1, "not 143, which the survivor ends with because of the failure"
+
+
+@pytest.mark.parametrize("later", [PREEMPTED, KILLED_BY_THE_NODE, Ended(79)])
+def test_the_verdict_is_a_fault_and_no_preemption_that_came_later(later: Ended) -> None:
+    watched = cluster(lambda _: Ended(139), nodes="2:2")
+    watched.pass_time()
+    assert watched.outcome == ("Failed", "MaxFailedIndexesExceeded")
+    watched.controller.pods.append(Pod("run-0-99", 0, ended=later, ended_at=watched.now))
+    assert watched.verdict[0] == 139
+
+
+def test_where_no_pod_is_left_the_verdict_blames_nobody() -> None:
+    watched = cluster(lambda _: Ended(139), nodes="2:2")
+    watched.pass_time()
+    watched.controller.pods.clear()
+    code, line = watched.verdict
+    assert (code, "failed, no pod is left that says why; MaxFailedIndexes" in line) == (1, True)
 
 
 def test_a_pending_pod_cannot_hold_a_finished_job() -> None:

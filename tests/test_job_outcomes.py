@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from jobdocuments import job_document, pod_documents
 from jobs import show
 from shipped import rendered
 
@@ -95,7 +96,7 @@ class Cluster:
 
     @property
     def verdict(self) -> int:
-        return LiveJob(self.controller.document(), self.controller.pod_documents()).verdict()[0]
+        return LiveJob(job_document(self.controller), pod_documents(self.controller)).verdict()[0]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The manifests fit Kubernetes' schemas, checkov's checks, and the programs that they start."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ from fmnist_dist.distributed.roster import OWNER_VARIABLE
 from fmnist_dist.errors import ExitCode
 from fmnist_dist.settings import NOT_SETTINGS, PREFIX, load
 from launch import store
+from launch.agent.arguments import parse
 from launch.k8s.manifest import Document, Manifest, flag_in
 from launch.k8s.render import kustomize
 from launch.k8s.request import K8S
@@ -136,13 +138,8 @@ def test_every_argument_is_parsed_by_the_parser_of_torchrun_and_of_the_training(
     assert ("is_host" in conf) == (overlay != "cpu-local")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("launch.agent") is None, reason="the agent is not there yet"
-)
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_argument_is_parsed_by_the_agents_parser(overlay: str) -> None:
-    from launch.agent.arguments import parse
-
     args, environ = expanded(rendered(overlay))
     found = parse(args, environ)
     assert (found.metrics_port, str(found.termination_log)) == (9400, "/dev/termination-log")
@@ -209,6 +206,63 @@ def test_what_others_read_is_read() -> None:
             assert any(name in each.read_text() for each in files), name
         elif where.endswith(("cache.py", "/place.py")):
             assert name in (ROOT / "fmnist_dist" / where).read_text()
+
+
+# Read by our programs and set by no manifest, each for a reason.
+LEFT_UNSET = {
+    "AWS_ENDPOINT_URL": "--env; AWS's own without",
+    "AWS_ENDPOINT_URL_S3": "--env; AWS's own without",
+    "AWS_REGION": "--env",
+    "FMNIST_DIST_FAULTS": "for tests alone",
+    "GLOO_SOCKET_IFNAME": "the trainer finds the interface of its address",
+    "PET_TERMINATION_LOG": "--termination-log is in the arguments",
+    "TERM": "a pod has no terminal",
+}
+
+
+def variables_read(files: list[Path]) -> set[str]:
+    """Return the names that are looked up in something called `environ`, constants resolved."""
+    trees = [ast.parse(each.read_text()) for each in files]
+    constants: dict[str, list[str]] = {}
+    for node in (node for tree in trees for node in tree.body if isinstance(node, ast.Assign)):
+        named = [each for each in ast.walk(node.value) if isinstance(each, ast.Constant)]
+        for target in node.targets:
+            found = [each.value for each in named if isinstance(each.value, str)]
+            constants.setdefault(ast.unparse(target), []).extend(found)
+    keys = [key for tree in trees for node in ast.walk(tree) if (key := looked_up(node))]
+    literal = {key.value for key in keys if isinstance(key, ast.Constant)}
+    named = {each for key in keys for each in constants.get(ast.unparse(key), ())}
+    return literal | named
+
+
+def looked_up(node: ast.AST) -> ast.expr | None:
+    """Return the key of `environ.get(key)`, `environ[key]` and `key in environ`."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=place), args=[key, *_]):
+            pass
+        case ast.Subscript(value=place, slice=key, ctx=ast.Load()):
+            pass
+        case ast.Compare(left=key, comparators=[place]):
+            pass
+        case _:
+            return None
+    return key if ast.unparse(place).rpartition(".")[2] == "environ" else None
+
+
+def test_every_variable_that_is_read_is_set_or_left_for_a_reason() -> None:
+    ours = [*(ROOT / "fmnist_dist").rglob("*.py"), *(ROOT / "launch" / "agent").rglob("*.py")]
+    read = variables_read([*ours, ROOT / "launch" / "store.py"])
+    # Two loops over names: settings have their own test, and place.py's are these.
+    read |= {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"}
+    read -= {"PATH_INFO"}  # of WSGI, for each request
+    manifests = everything()
+    given = {name for each in manifests for name in each.environment()}
+    given |= {env["name"] for each in manifests for env in each.trainer["env"]}
+    elastic = (Path(torch.__file__).parent / "distributed" / "elastic").rglob("*.py")
+    text = " ".join(each.read_text() for each in elastic)
+    torchs = {*re.findall(r'"([A-Z_]{4,})"(?::|\] =)', text)}
+    assert {"RANK", "MASTER_ADDR"} <= torchs, "what torch's agent sets for its workers"
+    assert read - given - torchs == {*LEFT_UNSET}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -29,7 +29,8 @@ def rendered(overlay: str, *components: str) -> Manifest:
         run_dir="s3://bucket/runs/mine",
         nodes="2:4",
         components=list(components),
-        role_arn=ROLE,
+        queue="research" if "kueue" in components else None,
+        role_arn=ROLE if {"s3-irsa", "s3-projected-token"} & {*components} else None,
     )
     return render(request, [])
 
@@ -63,19 +64,44 @@ def rules_of(manifest: Manifest) -> list[Any]:
     return rules
 
 
+def store(manifest: Manifest) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest.of_kind("Deployment")[0]["spec"]
+    return spec
+
+
+def store_service(manifest: Manifest) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest.of_kind("Service")[1]["spec"]
+    return spec
+
+
 def add_budget(manifest: Manifest) -> None:
-    manifest.documents.append(
-        {
-            "apiVersion": "policy/v1",
-            "kind": "PodDisruptionBudget",
-            "metadata": {"name": "careful"},
-            "spec": {"selector": {"matchLabels": {"fmnist-dist/run-id": "mine"}}},
-        }
-    )
+    labels = {"matchLabels": {"fmnist-dist/run-id": "mine"}}
+    add(manifest, "PodDisruptionBudget", {"selector": labels})
+
+
+def add(manifest: Manifest, kind: str, spec: dict[str, Any]) -> None:
+    manifest.documents.append({"kind": kind, "metadata": {"name": "another"}, "spec": spec})
+
+
+def expression(key: str, operator: str, *values: str) -> dict[str, Any]:
+    return {"matchExpressions": [{"key": key, "operator": operator, "values": [*values]}]}
 
 
 def annotate(manifest: Manifest) -> None:
     manifest.template["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] = "true"
+
+
+def ask_for_spot_by_affinity(manifest: Manifest) -> None:
+    terms = [expression("cloud.google.com/gke-spot", "In", "true"), expression("own", "Exists")]
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+    manifest.pod["affinity"] = {"nodeAffinity": required}
+
+
+def replace_values(manifest: Manifest, values: list[str]) -> None:
+    """Let the store avoid nodes with other values of the label."""
+    affinity = store(manifest)["template"]["spec"]["affinity"]["nodeAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    term["matchExpressions"][0]["values"] = values
 
 
 def move_variable(manifest: Manifest) -> None:
@@ -86,6 +112,11 @@ def move_variable(manifest: Manifest) -> None:
 def service(manifest: Manifest) -> dict[str, Any]:
     spec: dict[str, Any] = manifest.of_kind("Service")[0]["spec"]
     return spec
+
+
+def settings(manifest: Manifest) -> dict[str, Any]:
+    data: dict[str, Any] = manifest.of_kind("ConfigMap")[0]["data"]
+    return data
 
 
 def set_variable(manifest: Manifest, name: str, value: str) -> None:
@@ -144,7 +175,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
         ("gke-spot", lambda m: service(m)["selector"].update({"fmnist-dist/run-id": "other"})),
         (
             "gke-spot",
-            lambda m: m.of_kind("Deployment")[0]["spec"]["selector"]["matchLabels"].update(
+            lambda m: store(m)["selector"]["matchLabels"].update(
                 {"app.kubernetes.io/component": "trainer"}
             ),
         ),
@@ -159,6 +190,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
         ("cpu-local", lambda m: set_variable(m, "RDZV_CONF", "is_host=0")),
         ("gke-spot", lambda m: set_variable(m, "RDZV_HOST", "mine")),
         ("gke-spot", lambda m: set_variable(m, "RDZV_CONF", "join_timeout=600")),
+        ("gke-spot", lambda m: store_service(m)["ports"][0].update(name="store")),
     ],
     "ports_agree": [
         (
@@ -169,20 +201,28 @@ MUTATIONS: dict[str, list[Mutation]] = {
         ),
         ("gke-spot", lambda m: replace_argument(m, "--metrics-port=9400", "--metrics-port=9401")),
         ("gke-spot", lambda m: service(m)["ports"][0].update(port=1)),
+        ("gke-spot", lambda m: store_service(m)["ports"][0].update(targetPort=29501)),
         (
             "gke-spot",
-            lambda m: m.of_kind("Deployment")[0]["spec"]["template"]["spec"]["containers"][
-                0
-            ].update(args=["--port=29501"]),
+            lambda m: store(m)["template"]["spec"]["containers"][0].update(args=["--port=29501"]),
         ),
     ],
     "limits_are_nested": [
         ("gke-spot", lambda m: m.pod.update(terminationGracePeriodSeconds=10)),
         ("gke-spot", lambda m: trainer(m)["args"].append("--drain-seconds=10")),
         ("gke-spot", lambda m: trainer(m)["args"].extend(["--drain-seconds", "10"])),
+        ("gke-spot", lambda m: trainer(m)["args"].append("--drain_seconds=10")),
+        ("gke-spot", lambda m: trainer(m)["args"].append("--drain-seconds=soon")),
+        *(
+            (
+                "gke-spot",
+                lambda m, text=text: settings(m).update(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=text),
+            )
+            for text in ("9.5", "soon")
+        ),
         (
             "gke-spot",
-            lambda m: m.of_kind("ConfigMap")[0]["data"].pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
+            lambda m: settings(m).pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
         ),
     ],
     "variables_are_defined_before_their_use": [
@@ -204,12 +244,30 @@ MUTATIONS: dict[str, list[Mutation]] = {
         ("gke-spot", lambda m: policy(m)["ingress"].append({"from": [{"podSelector": {}}]})),
         ("gke-spot", lambda m: policy(m)["ingress"].append({"from": [{"namespaceSelector": {}}]})),
         ("gke-spot", lambda m: policy(m)["ingress"].append({"ports": [{"port": 29500}]})),
+        (
+            "gke-spot",
+            lambda m: policy(m)["ingress"].append({"ports": [{"port": 9400, "endPort": 29500}]}),
+        ),
+        (
+            "gke-spot",
+            lambda m: policy(m)["ingress"][0]["from"][0]["podSelector"]["matchLabels"].update(
+                {"fmnist-dist/run-id": "other"}
+            ),
+        ),
+        (
+            "gke-spot",
+            lambda m: add(
+                m,
+                "NetworkPolicy",
+                {"podSelector": expression("fmnist-dist/run-id", "Exists"), "ingress": [{}]},
+            ),
+        ),
     ],
     "storage_is_reachable": [
         ("gke-spot", lambda m: policy(m)["egress"].pop()),
         (
             "gke-spot",
-            lambda m: m.of_kind("ConfigMap")[0]["data"].update(AWS_ENDPOINT_URL="http://s3:8333"),
+            lambda m: settings(m).update(AWS_ENDPOINT_URL="http://s3:8333"),
         ),
     ],
     "grace_fits_the_notice": [
@@ -217,6 +275,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
         ("eks-spot-karpenter", lambda m: m.pod.update(terminationGracePeriodSeconds=121)),
         ("eks-spot-mng", lambda m: m.pod.update(terminationGracePeriodSeconds=121)),
         ("aks-spot", lambda m: m.pod.update(terminationGracePeriodSeconds=31)),
+        ("cpu-local", ask_for_spot_by_affinity),
     ],
     "spot_taints_are_tolerated": [
         ("aks-spot", lambda m: m.pod["tolerations"].pop()),
@@ -230,13 +289,34 @@ MUTATIONS: dict[str, list[Mutation]] = {
         ("gke-spot", lambda m: m.pod["tolerations"].pop(0)),
         ("gke-spot", lambda m: m.pod["tolerations"][1].pop("tolerationSeconds")),
         ("gke-spot", lambda m: m.pod["tolerations"][0].update(tolerationSeconds=300)),
+        ("gke-spot", lambda m: store(m)["template"]["spec"].pop("tolerations")),
     ],
-    "nothing_delays_the_notice": [("eks-spot-karpenter", annotate), ("gke-spot", add_budget)],
+    "nothing_delays_the_notice": [
+        ("eks-spot-karpenter", annotate),
+        ("gke-spot", add_budget),
+        ("gke-spot", lambda m: add(m, "PodDisruptionBudget", {"selector": {}})),
+        *(
+            (
+                "gke-spot",
+                lambda m, selector=selector: add(m, "PodDisruptionBudget", {"selector": selector}),
+            )
+            for selector in (
+                expression("fmnist-dist/run-id", "In", "mine", "other"),
+                expression("fmnist-dist/run-id", "NotIn", "other"),
+                expression("fmnist-dist/run-id", "Exists"),
+                expression("team", "DoesNotExist"),
+            )
+        ),
+    ],
     "the_store_stays_off_spot_nodes": [
         (
             "gke-spot",
-            lambda m: m.of_kind("Deployment")[0]["spec"]["template"]["spec"].pop("affinity"),
-        )
+            lambda m: store(m)["template"]["spec"].pop("affinity"),
+        ),
+        ("gke-spot", lambda m: replace_values(m, ["false"])),
+    ],
+    "the_store_is_in_no_spot_pod": [
+        ("cpu-local", lambda m: m.pod.update(nodeSelector={"karpenter.sh/capacity-type": "spot"})),
     ],
     "image_by_digest": [
         ("gke-spot", lambda m: trainer(m).update(image="fmnist-dist:latest")),
@@ -260,9 +340,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
         ("gke-spot", lambda m: m.pod["volumes"][0]["emptyDir"].pop("sizeLimit")),
         (
             "gke-spot",
-            lambda m: m.of_kind("Deployment")[0]["spec"]["template"]["spec"]["volumes"][0][
-                "emptyDir"
-            ].pop("sizeLimit"),
+            lambda m: store(m)["template"]["spec"]["volumes"][0]["emptyDir"].pop("sizeLimit"),
         ),
     ],
 }
@@ -286,6 +364,26 @@ def test_a_manifest_that_breaks_a_rule_is_found_with_a_line(
     lines = [each.line for each in check(broken) if each.rule == name]
     assert lines, f"{name} does not find it"
     assert all("\n" not in line and len(line) > 20 for line in lines)
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [None, expression("fmnist-dist/run-id", "In", "other"), expression("team", "Exists")],
+)
+def test_a_budget_that_covers_others_is_none_of_ours(selector: dict[str, Any] | None) -> None:
+    beside = Manifest(copy.deepcopy(rendered("gke-spot").documents))
+    add(beside, "PodDisruptionBudget", {} if selector is None else {"selector": selector})
+    assert check(beside) == []
+
+
+def test_ports_of_others_and_what_the_server_leaves_empty_are_no_mistakes() -> None:
+    fine = Manifest(copy.deepcopy(rendered("gke-spot").documents))
+    trainer(fine)["ports"] += [{"containerPort": 8080}, {"name": "debug", "containerPort": 5678}]
+    service(fine)["ports"].append({"port": 8080})
+    store_service(fine)["ports"][0]["targetPort"] = "rendezvous"
+    for rule in rules_of(fine):
+        rule.setdefault("onPodConditions", None)
+    assert check(fine) == []
 
 
 def test_an_image_without_digest_is_only_warned_of() -> None:

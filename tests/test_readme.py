@@ -122,7 +122,7 @@ def test_torchrun_show_ledger_and_evaluate_work_as_written(tmp_path: Path) -> No
 def test_the_commands_for_kubernetes_bring_a_run_into_a_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the stand-in for kubectl of `test_k8s_command.py`: there is no cluster here."""
+    """With the stand-in for kubectl of `clusters.py`: there is no cluster here."""
     cluster, program = tmp_path / "cluster", tmp_path / "bin" / "kubectl"
     cluster.mkdir()
     program.parent.mkdir()

@@ -63,11 +63,14 @@ def logs(
     follow: Annotated[bool, Parameter(negative="", help="go on printing")] = False,
 ) -> int:
     """Print what the pods have written."""
+    kubectl = Kubectl(namespace=namespace)
+    find_job(kubectl, run)  # kubectl would find no pods of a wrong name, and exit 0
     selector = f"{RUN_ID}={run},{COMPONENT}={TRAINER}"
     if index is not None:
         selector += f",{INDEX}={index}"
     words = ["--selector", selector, "--prefix", "--tail=-1", "--max-log-requests=1000"]
-    return Kubectl(namespace=namespace).attach("logs", *words, *(["--follow"] if follow else []))
+    words.append("--ignore-errors")  # or the first pod that waits for a node would end it
+    return kubectl.attach("logs", *words, *(["--follow"] if follow else []))
 
 
 def wait(

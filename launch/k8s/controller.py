@@ -18,6 +18,12 @@ LONGEST_BACKOFF_SECONDS = 600.0  # job_controller.go: MaxJobPodFailureBackOff
 MAX_INT32 = 2**31 - 1
 
 
+def backoff_seconds(ends: int) -> float:
+    """`getRemainingTimePerIndex` of backoff_utils.go: `ends` of an index, ignored ones too."""
+    doubled = min(ends - 1, 10)  # enough for the longest, and no overflow
+    return min(FIRST_BACKOFF_SECONDS * 2.0**doubled, LONGEST_BACKOFF_SECONDS)
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How the containers of a pod have ended."""
@@ -227,7 +233,9 @@ class JobController:
         terminating = sum(pod.is_terminating for pod in self.pods)
         for index in self._pending_indexes()[: max(0, wanted - terminating - len(active))]:
             former = self._last_failed(index)
-            if former is None or now - former.ended_at >= self._backoff(former):
+            if former is None or now - former.ended_at >= backoff_seconds(
+                former.failures + former.ignored + 1
+            ):
                 self._create(index, former)
 
     def _pending_indexes(self) -> list[int]:
@@ -242,12 +250,6 @@ class JobController:
             pod for pod in self.pods if pod.index == index and pod.is_failed and pod.is_tracked
         ]
         return max(failed, key=lambda pod: (pod.failures + pod.ignored, pod.ended_at), default=None)
-
-    @staticmethod
-    def _backoff(former: Pod) -> float:
-        """`getRemainingTimePerIndex` of backoff_utils.go: ignored failures are among them."""
-        times = former.failures + former.ignored + 1
-        return min(FIRST_BACKOFF_SECONDS * 2.0 ** (times - 1), LONGEST_BACKOFF_SECONDS)
 
     def _create(self, index: int, former: Pod | None) -> None:
         """`CreatePodsWithGenerateName`, and `getNewIndexFailureCounts` of indexed_job_utils.go."""
@@ -284,42 +286,3 @@ class JobController:
         self.pods = [
             p for p in self.pods if p.is_tracked or p.ended is None or self.target is not None
         ]
-
-    def document(self) -> dict[str, Any]:
-        """Return the Job as the API server would show it."""
-        conditions = [each for each in (self.target, self.condition) if each is not None]
-        return {
-            **self.job,
-            "status": {
-                "active": sum(pod.is_active for pod in self.pods),
-                "terminating": sum(pod.is_terminating for pod in self.pods),
-                "failed": self.counted,
-                "succeeded": len(self.succeeded),
-                "completedIndexes": ",".join(map(str, sorted(self.succeeded))),
-                "failedIndexes": ",".join(map(str, sorted(self.failed))),
-                "conditions": [
-                    {"type": kind, "status": "True", "reason": reason, "message": message}
-                    for kind, reason, message in conditions
-                ],
-            },
-        }
-
-    def pod_documents(self) -> list[dict[str, Any]]:
-        """Return the pods that are there as the API server would show them."""
-        return [self._pod_document(pod) for pod in self.pods]
-
-    def _pod_document(self, pod: Pod) -> dict[str, Any]:
-        name = self.spec["template"]["spec"]["containers"][0]["name"]
-        state: dict[str, Any] = {"running": {}}
-        phase = "Running"
-        if pod.ended is not None:
-            at = f"2026-01-01T00:00:00Z+{pod.ended_at:012.1f}"
-            ended = {"exitCode": pod.ended.code, "message": pod.ended.message, "finishedAt": at}
-            state, phase = {"terminated": ended}, "Failed" if pod.is_failed else "Succeeded"
-        return {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": pod.name, "labels": {}},
-            "spec": {},
-            "status": {"phase": phase, "containerStatuses": [{"name": name, "state": state}]},
-        }

@@ -3,19 +3,25 @@
 Nothing is changed: what would help is printed, to be run by somebody who has looked.
 """
 
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
 
-from fmnist_dist.errors import ExitCode
+from launch.k8s.controller import backoff_seconds
 from launch.k8s.kubectl import Kubectl
-from launch.k8s.live import LiveJob, find_job
-from launch.k8s.manifest import COMPONENT, RUN_ID, Document, Manifest
-from launch.k8s.providers import PROVIDERS, provider_of
+from launch.k8s.live import LiveJob, find_job, index_of, indexes
+from launch.k8s.manifest import COMPONENT, RUN_ID, STORE, Document, Manifest
+from launch.k8s.providers import PROVIDERS, provider_for, provider_of
 from launch.k8s.rules import check
 
 _PATIENCE_SECONDS = 30  # beyond its grace, before a pod counts as a ghost
-_SLOW_SECONDS = 300  # to find a node
+_SLOW_SECONDS = 300  # to find a node, or to be started
+_ON_THE_WAY = {None, "ContainerCreating", "PodInitializing"}
+# The Job controller's annotations on a pod: the ends of its index before it.
+_COUNTS = (
+    "batch.kubernetes.io/job-index-failure-count",
+    "batch.kubernetes.io/job-index-ignored-failure-count",
+)
 _OWNED = ("configmaps", "services", "deployments")
 # These cover our pods by their labels, whoever has made them.
 _COVERING = ("networkpolicies", "poddisruptionbudgets")
@@ -27,52 +33,74 @@ def examine(kubectl: Kubectl, name: str, *, now: datetime | None = None) -> list
     run_id = job.document["metadata"]["labels"][RUN_ID]
     around = [each for kind in _OWNED for each in kubectl.all(kind, selector=f"{RUN_ID}={run_id}")]
     around += [each for kind in _COVERING for each in kubectl.all(kind)]
-    nodes = {each["metadata"]["name"]: each for each in kubectl.nodes()}
-    store = kubectl.all("pods", selector=f"{RUN_ID}={run_id},{COMPONENT}=store")
+    store = kubectl.all("pods", selector=f"{RUN_ID}={run_id},{COMPONENT}={STORE}")
+    nodes = kubectl.nodes()
+    if nodes is None:
+        print("warning: this user may not see nodes: what they say is left out", file=sys.stderr)
     when = now or datetime.now(UTC)
+    pods = [each for each in job.pods if _is_alive(each)]
+    host = store if job.manifest.has_store_apart else [e for e in pods if index_of(e) == 0]
     return [
         *(str(each) for each in check(Manifest([job.document, *around]))),
-        *_ghosts(job, nodes, kubectl.namespace, when),
-        *_homeless(job, when),
-        *_short_notices(job, nodes),
-        *_undisrupted(job),
-        *_stores_on_spot_nodes(store, nodes),
+        *_ghosts(pods, nodes, kubectl.namespace, when),
+        *_not_started([*pods, *store], when),
+        *_short_notices(pods, nodes or {}, told=provider_for(job.manifest.pod)),
+        *_undisrupted(pods),
+        *_stores_on_spot_nodes(host, nodes or {}),
+        *_abandoned_indexes(job, kubectl.namespace, when),
         *_ends(job),
     ]
 
 
 def _ghosts(
-    job: LiveJob, nodes: dict[str, Document], namespace: str, now: datetime
+    pods: list[Document], nodes: dict[str, Document] | None, namespace: str, now: datetime
 ) -> Iterator[str]:
     """Pods that are Terminating for longer than their grace: nothing replaces them meanwhile."""
-    for pod in job.pods:
+    for pod in pods:
         # Of the end of the grace, as the server computes it.
         until = pod["metadata"].get("deletionTimestamp")
-        if until is None or (now - _time(until)).total_seconds() < _PATIENCE_SECONDS:
+        if until is None or _age(until, now) < _PATIENCE_SECONDS:
             continue
         name, node = pod["metadata"]["name"], pod["spec"].get("nodeName", "no node")
-        gone = "is gone" if node not in nodes else "is " + _readiness(nodes[node])
         yield (
             f"pod {name} is Terminating since {until}, and its index waits for it (its node {node} "
-            f"{gone}). If the node will not come back: kubectl --namespace {namespace} delete pod "
-            f"{name} --grace-period=0 --force"
+            f"{_fate(node, nodes)}). If the node will not come back: kubectl --namespace "
+            f"{namespace} delete pod {name} --grace-period=0 --force"
         )
 
 
-def _homeless(job: LiveJob, now: datetime) -> Iterator[str]:
-    for pod in job.pods:
-        for condition in pod["status"].get("conditions", ()):
-            waits = condition["type"] == "PodScheduled" and condition["status"] == "False"
-            since = condition.get("lastTransitionTime")
-            if waits and since and (now - _time(since)).total_seconds() > _SLOW_SECONDS:
-                why = condition.get("message", condition.get("reason", "?"))
-                yield f"pod {pod['metadata']['name']} finds no node since {since}: {why}"
+def _not_started(pods: list[Document], now: datetime) -> Iterator[str]:
+    for pod in pods:
+        name = pod["metadata"]["name"]
+        waiting = [
+            each["state"]["waiting"]
+            for each in pod["status"].get("containerStatuses", ())
+            if each.get("state", {}).get("waiting", {}).get("reason") not in _ON_THE_WAY
+        ]
+        if waiting:
+            why = waiting[0].get("message", "no message")
+            yield f"pod {name} does not start: {waiting[0]['reason']}: {why}"
+            continue
+        found = (c for c in pod["status"].get("conditions", ()) if c["type"] == "PodScheduled")
+        scheduled: Document = next(found, {})
+        since = scheduled.get("lastTransitionTime")
+        if since is None or _age(since, now) < _SLOW_SECONDS:
+            continue
+        if scheduled["status"] == "False":
+            why = scheduled.get("message", scheduled.get("reason", "?"))
+            yield f"pod {name} finds no node since {since}: {why}"
+        elif pod["status"].get("phase") == "Pending":
+            yield (
+                f"pod {name} has a node since {since} and has not started: its events say why "
+                "(kubectl describe pod: a Secret that is missing, a volume, the image)"
+            )
 
 
-def _short_notices(job: LiveJob, nodes: dict[str, Document]) -> Iterator[str]:
+def _short_notices(
+    pods: list[Document], nodes: dict[str, Document], *, told: str | None
+) -> Iterator[str]:
     """Graces that are longer than the notice of the nodes that pods really run on."""
-    told = provider_of(job.spec["template"]["spec"].get("nodeSelector", {}))
-    for pod in job.pods:
+    for pod in pods:
         node = pod["spec"].get("nodeName", "")
         found = provider_of(nodes.get(node, {}).get("metadata", {}).get("labels", {}))
         grace = pod["spec"].get("terminationGracePeriodSeconds", 30)
@@ -84,9 +112,9 @@ def _short_notices(job: LiveJob, nodes: dict[str, Document]) -> Iterator[str]:
             )
 
 
-def _undisrupted(job: LiveJob) -> Iterator[str]:
+def _undisrupted(pods: list[Document]) -> Iterator[str]:
     """Annotations that somebody, or a webhook, has put on the pods themselves."""
-    for pod in job.pods:
+    for pod in pods:
         if pod["metadata"].get("annotations", {}).get("karpenter.sh/do-not-disrupt") == "true":
             yield (
                 f"pod {pod['metadata']['name']} has karpenter.sh/do-not-disrupt: drains wait for "
@@ -102,19 +130,58 @@ def _stores_on_spot_nodes(pods: list[Document], nodes: dict[str, Document]) -> I
             yield f"pod {name}, the rendezvous store, is on spot node {node} ({found})"
 
 
+def _abandoned_indexes(job: LiveJob, namespace: str, now: datetime) -> Iterator[str]:
+    """Indexes without a pod: given up, waiting for a back-off, or refused one."""
+    given_up = indexes(job.status.get("failedIndexes"))
+    for index in sorted(given_up):
+        yield f"index {index} is given up: its failures have used up backoffLimitPerIndex"
+    began = job.status.get("startTime")
+    if job.decisive is not None or began is None or _age(began, now) < _SLOW_SECONDS:
+        return
+    done = given_up | indexes(job.status.get("completedIndexes"))
+    alive = {index_of(each) for each in job.pods if _is_alive(each)}
+    for index in sorted({*range(job.spec["completions"])} - done - alive):
+        ends = max((_ends_so_far(each) for each in job.pods if index_of(each) == index), default=0)
+        pause = backoff_seconds(ends)
+        if not ends:
+            yield (
+                f"index {index} has no pod: kubectl --namespace {namespace} describe job "
+                f"{job.name} says why (a quota, an admission webhook)"
+            )
+        elif pause >= _SLOW_SECONDS:
+            yield (
+                f"index {index} has no pod: after {ends} ends, preemptions too, Kubernetes waits "
+                f"{pause:g} s before it starts another"
+            )
+
+
+def _is_alive(pod: Document) -> bool:
+    """Whether a pod may still do something: those that have ended stay as long as the Job."""
+    return pod["status"].get("phase") not in {"Succeeded", "Failed"}
+
+
+def _ends_so_far(pod: Document) -> int:
+    """Return how often its index has ended, this pod among them, as the Job controller counts."""
+    noted = pod["metadata"].get("annotations", {})
+    return 1 + sum(int(noted.get(each, 0)) for each in _COUNTS)
+
+
 def _ends(job: LiveJob) -> Iterator[str]:
     """The last words of pods that ended by a fault which a replacement may well repeat."""
-    told = {int(ExitCode.FINISHED), int(ExitCode.DRAINED), int(ExitCode.PEER_LOST)}
     for each in job.ends():
-        if each.code not in told:
+        if each.is_fault:
             yield f"pod {each.pod} ended with exit code {each.code}: {each.message or 'no message'}"
 
 
-def _readiness(node: Document) -> str:
-    conditions: list[Any] = node.get("status", {}).get("conditions", [])
-    ready = next((each["status"] for each in conditions if each["type"] == "Ready"), "Unknown")
-    return {"True": "ready", "False": "not ready"}.get(ready, "unreachable")
+def _fate(node: str, nodes: dict[str, Document] | None) -> str:
+    if nodes is None:
+        return "cannot be seen by this user"
+    if node not in nodes:
+        return "is gone"
+    found = (c for c in nodes[node].get("status", {}).get("conditions", ()) if c["type"] == "Ready")
+    ready = next(found, {"status": "Unknown"})["status"]
+    return {"True": "is ready", "False": "is not ready"}.get(ready, "is unreachable")
 
 
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
+def _age(text: str, now: datetime) -> float:
+    return (now - datetime.fromisoformat(text)).total_seconds()

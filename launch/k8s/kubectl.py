@@ -1,9 +1,11 @@
 """kubectl, as a program: the only way to a cluster, with the user's own context and rights."""
 
 import json
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from fmnist_dist.errors import (
@@ -15,9 +17,34 @@ from fmnist_dist.errors import (
 )
 from launch.k8s.manifest import Document
 
-_LIMIT_SECONDS = 120.0  # of one call; deletions wait for the pods' grace
-_AWAY = ("was refused", "Unable to connect", "i/o timeout", "no such host", "connection reset")
-_NO_CLUSTER = ("no configuration has been provided", "current-context is not set")
+_LIMIT_SECONDS = 60.0  # of one call
+_DELETION_SECONDS = 120.0  # which kubectl waits for: the grace of the pods is in it
+_NAMESPACE = "--namespace"
+_AWAY = (
+    "no configuration has been provided",
+    "current-context is not set",
+    "Unable to connect",
+    "was refused",
+    "connection refused",
+    "connection reset",
+    "connection lost",
+    "i/o timeout",
+    "handshake timeout",
+    "no such host",
+    "unexpected EOF",
+)
+# How kubectl begins the line of a server that has answered: `checkErr` of its util package.
+_ANSWER = re.compile(r"Error from server(?: \((?P<reason>\w+)\))?: ")
+# Reasons of k8s.io/apimachinery that pass; etcd's elections and time-outs come without one.
+_PASSING = {
+    "AlreadyExists",  # of an object that came while `apply` was at it
+    "Conflict",
+    "InternalError",
+    "ServerTimeout",
+    "ServiceUnavailable",
+    "Timeout",
+    "TooManyRequests",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +52,7 @@ class Kubectl:
     """One namespace of the cluster of the current context.
 
     Every method raises `IncompatibleError` where there is no kubectl, `TransientError` where no
-    cluster answers, `UsageError` with the server's line where it refuses.
+    cluster answers or it cannot just now, `UsageError` with the server's line where it refuses.
     """
 
     namespace: str
@@ -39,13 +66,12 @@ class Kubectl:
         words = ["--selector", selector] if selector else []
         return list(json.loads(self._call("get", kind, *words, "-o", "json"))["items"])
 
-    def nodes(self) -> "list[Document]":
-        """Return the nodes of the cluster; [] where this user may not see them."""
+    def nodes(self) -> "dict[str, Document] | None":
+        """Return the nodes of the cluster by name; None where this user may not see them."""
         try:
-            return list(json.loads(self._call("get", "nodes", "-o", "json"))["items"])
-        except UsageError as error:
-            print(f"nodes: {error}")
-            return []
+            return {each["metadata"]["name"]: each for each in self.all("nodes")}
+        except UsageError:
+            return None
 
     def check(self, documents: Sequence[Document]) -> None:
         """Let the server validate documents, and admit them, without creating anything."""
@@ -64,8 +90,10 @@ class Kubectl:
 
     def delete(self, kind: str, name: str) -> None:
         """Delete an object after all that it owns; its pods are asked to stop, and awaited."""
-        limit = f"--timeout={_LIMIT_SECONDS:.0f}s"
-        self._call("delete", kind, name, "--cascade=foreground", "--ignore-not-found", limit)
+        words = ["--cascade=foreground", "--ignore-not-found"]
+        words.append(f"--timeout={_DELETION_SECONDS:.0f}s")
+        limit = _DELETION_SECONDS + _LIMIT_SECONDS
+        call([*self._command(), "delete", kind, name, *words], limit_seconds=limit)
 
     def attach(self, *words: str) -> int:
         """Let kubectl write to this terminal; return its exit code."""
@@ -86,10 +114,12 @@ class Kubectl:
         return call([*self._command(), *words], sent=sent)
 
     def _command(self) -> "list[str]":
-        return ["kubectl", "--namespace", self.namespace]
+        return ["kubectl", _NAMESPACE, self.namespace]
 
 
-def call(command: list[str], *, sent: str | None = None) -> str:
+def call(
+    command: list[str], *, sent: str | None = None, limit_seconds: float = _LIMIT_SECONDS
+) -> str:
     """Run kubectl and return what it prints. Raises as `Kubectl` says."""
     try:
         done: subprocess.CompletedProcess[str] = _started(
@@ -98,7 +128,7 @@ def call(command: list[str], *, sent: str | None = None) -> str:
             input=sent,
             capture_output=True,
             text=True,
-            timeout=_LIMIT_SECONDS * 1.5,
+            timeout=limit_seconds,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
@@ -113,15 +143,18 @@ def call(command: list[str], *, sent: str | None = None) -> str:
 def _failure(command: list[str], said: str) -> FmnistDistError:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     line = next((each for each in reversed(lines) if "rror" in each), lines[-1] if lines else "?")
-    if any(each in said for each in (*_AWAY, *_NO_CLUSTER)):
+    answer = _ANSWER.search(said)
+    if answer is None and any(each in said for each in _AWAY):
         return TransientError(
             f"no cluster answers: {lines[-1] if lines else '?'}; kubectl has to reach one "
             "(KUBECONFIG, kubectl config use-context)"
         )
-    if "timed out waiting" in said:
-        return TransientError(f"kubectl {_what(command)}: {line}")
-    if "AlreadyExists" in said:
+    reason = answer["reason"] if answer is not None else None
+    if reason == "AlreadyExists" and "create" in command:
         return FencedError(f"kubectl {_what(command)}: {line}")
+    is_passing = reason in _PASSING or (answer is not None and "etcdserver:" in said)
+    if is_passing or "timed out waiting" in said:
+        return TransientError(f"kubectl {_what(command)}: {line}")
     return UsageError(f"kubectl {_what(command)}: {line}")
 
 
@@ -133,8 +166,10 @@ def _started(start: Any, command: list[str], **rest: Any) -> Any:
             "kubectl: found no such program on PATH, expected the client of Kubernetes 1.30 or "
             "newer (https://kubernetes.io/docs/tasks/tools)"
         ) from error
+    except OSError as error:
+        raise IncompatibleError(f"kubectl: cannot be started: {error.strerror}") from error
 
 
 def _what(command: list[str]) -> str:
-    words = [each for each in command[1:] if not each.startswith("-")]
-    return " ".join(words[1:4] if "--namespace" in command else words[:3])
+    words = command[3:] if command[1] == _NAMESPACE else command[1:]
+    return " ".join(takewhile(lambda word: not word.startswith("-"), words))

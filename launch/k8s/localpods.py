@@ -23,10 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.k8s.controller import Ended, Pod
-from launch.k8s.manifest import COMPONENT, INDEX, JOB_NAME, Document, Manifest, flag_in
+from launch.k8s.manifest import COMPONENT, INDEX, JOB_NAME, STORE, Document, Manifest, flag_in
 from launch.launched import DEAD, LIMIT_SECONDS, children, kill, state
-
-_STORE = "store"  # the component that is a rendezvous store of its own
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONTROLLER_UID = "batch.kubernetes.io/controller-uid"
@@ -63,7 +61,7 @@ class LocalPods:
     def has_store(self) -> bool:
         """Whether the manifest has the rendezvous in a pod of its own, not of the Job."""
         return any(
-            template["metadata"]["labels"].get(COMPONENT) == _STORE
+            template["metadata"]["labels"].get(COMPONENT) == STORE
             for _, template in self.manifest.pods()
         )
 

@@ -1,11 +1,15 @@
 """The documents that make up one submitted run, rendered or as a cluster holds them."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+
+from fmnist_dist.errors import UsageError
+from fmnist_dist.usage import shown
 
 Document = dict[str, Any]
 
@@ -18,6 +22,7 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 JOB_NAME = "batch.kubernetes.io/job-name"
 INDEX = "batch.kubernetes.io/job-completion-index"
 TRAINER = "trainer"
+STORE = "store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,17 @@ class Manifest:
         """Return what the container's arguments give a flag; "" without it."""
         return flag_in(self.args, name)
 
+    @property
+    def training_flags(self) -> list[str]:
+        """Return the arguments of the program that the agent starts."""
+        args = self.args
+        return args[args.index("-m") + 2 :] if "-m" in args else []
+
+    @property
+    def has_store_apart(self) -> bool:
+        """Whether no trainer hosts the rendezvous store; else the one of index 0 does."""
+        return re.search(r"\bis_host=0\b", self.environment().get("RDZV_CONF", "")) is not None
+
     def environment(self) -> dict[str, str]:
         """Return the variables of the trainer that have a fixed value."""
         given = {each["name"]: each["value"] for each in self.trainer["env"] if "value" in each}
@@ -93,7 +109,7 @@ class Manifest:
 
 def flag_in(args: Sequence[str], name: str) -> str:
     """Return the value of `--name=value` or `--name value`; "" where it is not given."""
-    for each, following in zip(args, [*args[1:], ""], strict=True):
+    for each, following in zip(args, [*args[1:], ""], strict=False):
         if each == f"--{name}":
             return following
         if each.startswith(f"--{name}="):
@@ -108,13 +124,37 @@ def node_range(args: Sequence[str]) -> tuple[int, int]:
 
 
 def endpoint_port(environ: Mapping[str, str]) -> int:
-    """Return the port of the S3 server that an environment names; AWS's without."""
+    """Return the port of the S3 server that an environment names; AWS's without.
+
+    Raises `UsageError` for what is no URL.
+    """
     url = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or "https://aws"
-    parts = urlsplit(url)
-    return parts.port or {"http": 80}.get(parts.scheme, 443)
+    try:
+        parts = urlsplit(url)
+        return parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"environment AWS_ENDPOINT_URL: found {shown(url)}, expected http(s)://HOST:PORT"
+        ) from error
 
 
-def selects(selector: Document, labels: Mapping[str, str]) -> bool:
-    """Whether a label selector without expressions selects; {} selects everything."""
-    wanted = selector.get("matchLabels", {})
-    return bool(wanted.items() <= labels.items()) and "matchExpressions" not in selector
+def selects(selector: Document | None, labels: Mapping[str, str]) -> bool:
+    """Whether a label selector selects: an empty one everything, none nothing."""
+    if selector is None:
+        return False
+    wanted: Document = selector.get("matchLabels") or {}
+    expressions: list[Document] = selector.get("matchExpressions") or []
+    return wanted.items() <= labels.items() and all(_meets(each, labels) for each in expressions)
+
+
+def _meets(expression: Document, labels: Mapping[str, str]) -> bool:
+    found, values = labels.get(expression["key"]), expression.get("values") or ()
+    match expression["operator"]:
+        case "In":
+            return found in values
+        case "NotIn":
+            return found not in values
+        case "Exists":
+            return found is not None
+        case _:  # DoesNotExist
+            return found is None

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from launch.k8s.manifest import Document
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provider:
@@ -37,6 +39,29 @@ PROVIDERS = {
 
 
 def provider_of(labels: Mapping[str, str]) -> str | None:
-    """Return whose spot nodes a nodeSelector, or the labels of a node, are about."""
+    """Return whose spot node has these labels."""
     found = (name for name, each in PROVIDERS.items() if labels.get(each.key) == each.value)
     return next(found, None)
+
+
+def provider_for(pod: Document) -> str | None:
+    """Return whose spot nodes a pod asks for, by its nodeSelector or its required affinity."""
+    if (selected := provider_of(pod.get("nodeSelector", {}))) is not None:
+        return selected
+    wanted = {
+        (each["key"], value)
+        for term in node_terms(pod)
+        for each in term.get("matchExpressions", ())
+        if each["operator"] == "In"
+        for value in each["values"]
+    }
+    found = (name for name, each in PROVIDERS.items() if (each.key, each.value) in wanted)
+    return next(found, None)
+
+
+def node_terms(pod: Document) -> list[Document]:
+    """Return the terms of a pod's required affinity to nodes, of which one must be met."""
+    affinity = pod.get("affinity", {}).get("nodeAffinity", {})
+    needed = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    terms: list[Document] = needed.get("nodeSelectorTerms", [])
+    return terms

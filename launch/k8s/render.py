@@ -9,13 +9,24 @@ from typing import Any
 import yaml
 
 from fmnist_dist.errors import UsageError
-from fmnist_dist.settings import NOT_SETTINGS
 from launch.k8s.kubectl import call
-from launch.k8s.manifest import NAME, QUEUE, RUN_DIR, RUN_ID, Document, Manifest, endpoint_port
+from launch.k8s.manifest import (
+    NAME,
+    QUEUE,
+    RUN_DIR,
+    RUN_ID,
+    STORE,
+    TRAINER,
+    Document,
+    Manifest,
+    endpoint_port,
+)
 from launch.k8s.request import K8S, Request
 from launch.k8s.rules import check
 
 _UNSET_ROLE = "arn:aws:iam::000000000000:role/unset"
+_ROLE_ANNOTATION = "eks.amazonaws.com/role-arn"
+_ROLE_VARIABLE = "AWS_ROLE_ARN"
 _SETTINGS = f"{NAME}-settings"
 
 
@@ -27,8 +38,7 @@ def render(request: Request, flags: list[str]) -> Manifest:
     """
     manifest = kustomize(request.overlay_folder, request.all_components)
     _fill_in(manifest, request, flags)
-    environ = manifest.environment()
-    request.settings(flags, {n: v for n, v in environ.items() if n not in NOT_SETTINGS})
+    request.settings(flags, manifest.environment())
     problems = check(manifest)
     for each in (each for each in problems if each.is_warning):
         print(f"warning: {each}", file=sys.stderr)
@@ -57,14 +67,15 @@ def _fill_in(manifest: Manifest, request: Request, flags: list[str]) -> None:
         _label(document, request.name)
         metadata = document["metadata"]
         metadata["namespace"] = request.namespace
+        if document["kind"] == "ConfigMap" and metadata["name"] == _SETTINGS:
+            document["data"] |= request.variables
         if document["kind"] != "ServiceAccount":  # clouds know it by its name
             metadata["name"] = _renamed(metadata["name"], request)
-        if document["kind"] == "ConfigMap":
-            document["data"] |= dict(each.split("=", 1) for each in request.env)
-        _give_role(document, request)
     for _, template in manifest.pods():
         for container in template["spec"]["containers"]:
-            container["image"] = request.image
+            if container["name"] in {TRAINER, STORE}:  # an overlay may bring others
+                container["image"] = request.image
+    _give_role(manifest, request)
     _fill_in_job(manifest, request, flags)
     _open_endpoint(manifest)
 
@@ -82,9 +93,11 @@ def _fill_in_job(manifest: Manifest, request: Request, flags: list[str]) -> None
     pod["subdomain"] = _renamed(pod["subdomain"], request)
     trainer["args"] = [*_with_sizes(trainer["args"], request), *flags]
     for each in trainer["envFrom"]:
-        reference = each["configMapRef"]
-        reference["name"] = _renamed(reference["name"], request)
+        if reference := each.get("configMapRef"):  # Secrets are the user's own
+            reference["name"] = _renamed(reference["name"], request)
     for each in trainer["env"]:
+        if each["name"] in request.variables:  # it would win, and nobody be told
+            raise UsageError(f"flag --env: {each['name']} is set by the manifest itself")
         if each["name"] == "RDZV_HOST":
             each["value"] = each["value"].replace(NAME, request.name)
     if request.gpus_per_node:
@@ -119,21 +132,25 @@ def _label(value: Any, run_id: str) -> None:
             _label(each, run_id)
 
 
-def _give_role(document: Document, request: Request) -> None:
-    """Put the role where the components have left room. Raises `UsageError` where none is given."""
-    if document["kind"] == "ServiceAccount":
-        places = [document["metadata"].get("annotations", {})]
-        key = "eks.amazonaws.com/role-arn"
-    elif document["kind"] == "Job":
-        env = document["spec"]["template"]["spec"]["containers"][0]["env"]
-        places, key = [each for each in env if each["name"] == "AWS_ROLE_ARN"], "value"
-    else:
-        return
-    for place in places:
-        if place.get(key) == _UNSET_ROLE:
-            if request.role_arn is None:
-                raise UsageError("flag --role-arn: found nothing, expected the role of the bucket")
-            place[key] = request.role_arn
+def _give_role(manifest: Manifest, request: Request) -> None:
+    """Put the role where the components have left room.
+
+    Raises `UsageError` for a role without room, and for room without a role.
+    """
+    accounts = manifest.of_kind("ServiceAccount")
+    places = [(each["metadata"].get("annotations", {}), _ROLE_ANNOTATION) for each in accounts]
+    places += [
+        (each, "value") for each in manifest.trainer["env"] if each["name"] == _ROLE_VARIABLE
+    ]
+    unset = [(place, key) for place, key in places if place.get(key) == _UNSET_ROLE]
+    if unset and request.role_arn is None:
+        raise UsageError("flag --role-arn: found nothing, expected the role of the bucket")
+    if not unset and request.role_arn is not None:
+        raise UsageError(
+            "flag --role-arn: nothing takes a role, expected --with s3-irsa or s3-projected-token"
+        )
+    for place, key in unset:
+        place[key] = request.role_arn
 
 
 def _open_endpoint(manifest: Manifest) -> None:

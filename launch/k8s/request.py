@@ -19,7 +19,9 @@ _LABEL_LENGTH = 63
 _RUN_ID = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _NODES = re.compile(r"(?P<low>[1-9][0-9]{0,3})(:(?P<high>[1-9][0-9]{0,3}))?")
 _REMOTE = re.compile(r"[a-z0-9]+://.+")
+_NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+_SECRET = re.compile(r"SECRET|PASSWORD|SESSION_TOKEN")
 
 _PLACE = Group("Where", sort_key=1)
 _SIZE = Group("How much", sort_key=2)
@@ -67,7 +69,9 @@ class Request:
     queue: Annotated[str | None, Parameter(group=_MORE, help="of Kueue, which admits it")] = None
 
     def __post_init__(self) -> None:
-        if not _REMOTE.fullmatch(self.run_dir) or self.run_dir.startswith(("file:", "local:")):
+        if not _REMOTE.fullmatch(self.run_dir) or self.run_dir.startswith(
+            ("file:", "local:", "memory:")
+        ):
             raise UsageError(
                 f"flag --run-dir: found {shown(self.run_dir)}, expected the URL of an object store "
                 "(s3://bucket/run): every pod has a disk of its own"
@@ -75,9 +79,23 @@ class Request:
         self._check_name()
         self._check_sizes()
         for each in self.env:
-            name, given, _ = each.partition("=")
-            if not given or not _VARIABLE.fullmatch(name):
-                raise UsageError(f"flag --env: found {shown(each)}, expected KEY=VALUE")
+            self._check_variable(each)
+        self._check_components()
+
+    @staticmethod
+    def _check_variable(given: str) -> None:
+        name, mark, _ = given.partition("=")
+        if _SECRET.search(name):
+            raise UsageError(
+                f"flag --env: {printable(name)} is a secret: whoever sees the ConfigMap would "
+                "read it; expected --with s3-static-file, or a role"
+            )
+        if not mark or not _VARIABLE.fullmatch(name):
+            raise UsageError(f"flag --env: found {shown(given)}, expected KEY=VALUE")
+        if name == f"{PREFIX}CONFIG":
+            raise UsageError(f"flag --env: {name}: the pods do not have this file, expected flags")
+
+    def _check_components(self) -> None:
         known = sorted(each.name for each in (K8S / "components").iterdir())
         for each in self.components:
             if each not in known:
@@ -85,6 +103,8 @@ class Request:
                     f"flag --with: found {shown(each)}, expected one of {', '.join(known)}"
                     f"{did_you_mean(each, known)}"
                 )
+        if "kueue" in self.components and not self.queue:
+            raise UsageError("flag --queue: found nothing, expected the name of Kueue's queue")
 
     def _check_name(self) -> None:
         longest = _LABEL_LENGTH - max(len(_STORE_SUFFIX), len(f"-{self.most - 1}"))
@@ -97,6 +117,11 @@ class Request:
             raise UsageError(
                 f"flag --run-id: found {shown(self.name)}, expected lower-case letters, digits and "
                 "dashes, a letter first"
+            )
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise UsageError(
+                f"flag --namespace: found {shown(self.namespace)}, expected lower-case letters, "
+                "digits and dashes"
             )
 
     def _check_sizes(self) -> None:
@@ -134,6 +159,11 @@ class Request:
                 f"flag --nodes: found {shown(self.nodes)}, expected MIN:MAX, as in 2:8, or a number"
             )
         return int(found["low"]), int(found["high"] or found["low"])
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of --env, by name."""
+        return dict(each.split("=", 1) for each in self.env)
 
     @property
     def workers(self) -> int:

@@ -2,16 +2,19 @@
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fmnist_dist.checkpoint.storage import StorageError
-from fmnist_dist.errors import FmnistDistError, TransientError
+from fmnist_dist.errors import Drained, FmnistDistError, TransientError
 from fmnist_dist.inspection.foundrun import find_run
 from fmnist_dist.inspection.page import columns
 from fmnist_dist.inspection.summary import summarise
 from launch.k8s.kubectl import Kubectl
-from launch.k8s.live import LiveJob, find_job
+from launch.k8s.live import LiveJob, find_job, job_called, with_pods
 from launch.k8s.manifest import INDEX
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 2.0
 _TRIES = 10  # within a minute and a half: an API server that is upgraded is away for a while
@@ -19,7 +22,7 @@ _TRIES = 10  # within a minute and a half: an API server that is upgraded is awa
 
 def describe(job: LiveJob) -> dict[str, Any]:
     """Return the Job's state, its pods, and its run as seen from here."""
-    condition = job.condition("Complete") or job.condition("Failed") or {}
+    condition = job.decisive or {}
     return {
         "job": job.name,
         "state": job.state,
@@ -78,23 +81,34 @@ def page(told: dict[str, Any], pods: list[dict[str, Any]]) -> str:
 
 
 def wait(kubectl: Kubectl, name: str, *, limit_seconds: float | None) -> tuple[int, str]:
-    """Wait until the Job has ended; return its exit code and why. Raises `TransientError`."""
+    """Wait until the Job has ended; return its exit code and why.
+
+    Raises `TransientError` where it has not within the limit, `Drained` where it is deleted.
+    """
     deadline = float("inf") if limit_seconds is None else time.monotonic() + limit_seconds
     job = find_job(kubectl, name)
     while not job.has_ended:
         if time.monotonic() > deadline:
             raise TransientError(f"{name}: still {job.state} after {limit_seconds:g} s")
         time.sleep(_POLL_SECONDS)
-        job = _look_again(kubectl, name)
-    return job.verdict()
+        seen = _patiently(lambda: job_called(kubectl, name), deadline)
+        if seen is None or seen.uid != job.uid:
+            raise Drained(
+                f"{name}: its Job was deleted before it had ended; the same submission goes on "
+                f"with {job.run_dir}"
+            )
+        job = seen
+    return _patiently(lambda: with_pods(kubectl, job), deadline).verdict()
 
 
-def _look_again(kubectl: Kubectl, name: str) -> LiveJob:
-    """Return a Job that was there before; a cluster that does not answer is asked a few times."""
+def _patiently(ask: Callable[[], T], deadline: float) -> T:
+    """Ask a cluster that has answered before; one that does not is asked a few times more."""
     for attempt in range(1, _TRIES):
         try:
-            return find_job(kubectl, name)
+            return ask()
         except TransientError as error:
+            if time.monotonic() > deadline:
+                raise
             print(f"warning: {error}; trying again", file=sys.stderr)
         time.sleep(_POLL_SECONDS * attempt)
-    return find_job(kubectl, name)
+    return ask()

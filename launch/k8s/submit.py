@@ -1,8 +1,10 @@
 """Brings a rendered run into a cluster: checked by the server, suspended, completed, released."""
 
+import sys
+
 from fmnist_dist.errors import FencedError, FmnistDistError, UsageError
 from launch.k8s.kubectl import Kubectl
-from launch.k8s.live import LiveJob, find_job, rivals
+from launch.k8s.live import LiveJob, find_job, job_called, rivals
 from launch.k8s.manifest import QUEUE, RUN_DIR, Document, Manifest, node_range
 
 
@@ -15,22 +17,40 @@ def submit(kubectl: Kubectl, manifest: Manifest) -> str:
     job = manifest.job
     name, run_dir = job["metadata"]["name"], job["metadata"]["annotations"][RUN_DIR]
     for rival in rivals(kubectl, run_id=name, run_dir=run_dir):
-        raise FencedError(
-            f"run {run_dir}: Job {rival.name} has it and is {rival.state}; expected at most one "
-            f"live Job on a run: wait for it, or python -m launch.k8s cancel {rival.name}"
-        )
-    former = kubectl.get("job", name)
+        raise _taken(run_dir, rival)
+    former = job_called(kubectl, name)
     if former is not None:
+        if not former.has_ended:  # somebody else's submission, since the list was read
+            raise _taken(run_dir, former)
         kubectl.delete("job", name)
     kubectl.check(manifest.documents)
     created = kubectl.create(job)
     try:
         _complete(kubectl, manifest, created)
     except FmnistDistError:
-        kubectl.delete("job", name)  # or the next try would find the run taken
+        _take_back(kubectl, name)
         raise
     done = "resumed" if former is not None else "submitted"
     return f"{done} {name}: {job['spec']['completions']} pods, run {run_dir}"
+
+
+def _taken(run_dir: str, rival: LiveJob) -> FencedError:
+    return FencedError(
+        f"run {run_dir}: Job {rival.name} has it and is {rival.state}; expected at most one live "
+        f"Job on a run: wait for it, or python -m launch.k8s cancel {rival.name} (doctor says what "
+        "holds it)"
+    )
+
+
+def _take_back(kubectl: Kubectl, name: str) -> None:
+    """Delete what could not be completed, or the next try would find the run taken."""
+    try:
+        kubectl.delete("job", name)
+    except FmnistDistError as error:  # the reason of the submission's end says more
+        print(
+            f"warning: Job {name} is left: {error}; python -m launch.k8s cancel {name}",
+            file=sys.stderr,
+        )
 
 
 def _complete(kubectl: Kubectl, manifest: Manifest, created: Document) -> None:
@@ -39,6 +59,9 @@ def _complete(kubectl: Kubectl, manifest: Manifest, created: Document) -> None:
         "kind": created["kind"],
         "name": created["metadata"]["name"],
         "uid": created["metadata"]["uid"],
+        # Or a deletion of the Job would not wait for the store, and the next submission, under the
+        # same names, apply what is about to go.
+        "blockOwnerDeletion": True,
     }
     rest = [each for each in manifest.documents if each["kind"] != "Job"]
     for document in rest:
@@ -52,7 +75,7 @@ def _complete(kubectl: Kubectl, manifest: Manifest, created: Document) -> None:
 def scale(kubectl: Kubectl, name: str, nodes: int) -> str:
     """Change the number of pods, within the limits that the rendezvous was given."""
     job = _live(kubectl, name)
-    low, high = node_range(job.spec["template"]["spec"]["containers"][0]["args"])
+    low, high = node_range(job.manifest.args)
     if not low <= nodes <= high:
         raise UsageError(
             f"flag --nodes: found {nodes}, expected {low} to {high}: the pods of {name} were told "
@@ -66,7 +89,12 @@ def scale(kubectl: Kubectl, name: str, nodes: int) -> str:
 
 def suspend(kubectl: Kubectl, name: str, *, on: bool) -> str:
     """End all pods with notice, or start them again."""
-    _live(kubectl, name)
+    queue = _live(kubectl, name).document["metadata"]["labels"].get(QUEUE)
+    if queue is not None:
+        raise UsageError(
+            f"run {name}: Kueue starts and stops what is in its queue {queue} and would undo this; "
+            "expected a change of its Workload (spec.active)"
+        )
     kubectl.patch("job", name, {"spec": {"suspend": on}})
     return f"{name}: {'suspended' if on else 'goes on'}"
 

@@ -41,6 +41,7 @@ RULES: tuple[Rule, ...] = (
     spot.lost_nodes_are_left_soon,
     spot.nothing_delays_the_notice,
     spot.the_store_stays_off_spot_nodes,
+    spot.the_store_is_in_no_spot_pod,
     pods.image_by_digest,
     pods.the_store_is_not_shared,
     pods.service_links_are_off,
@@ -49,17 +50,16 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+_UNWISE = {pods.image_by_digest, spot.the_store_is_in_no_spot_pod}
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One violation of one rule."""
 
     rule: str
     line: str
-
-    @property
-    def is_warning(self) -> bool:
-        """Whether it is unwise rather than wrong."""
-        return self.rule == pods.image_by_digest.__name__
+    is_warning: bool  # unwise rather than wrong
 
     def __str__(self) -> str:
         return self.line
@@ -67,4 +67,8 @@ class Problem:
 
 def check(manifest: Manifest) -> list[Problem]:
     """Return every violation of every rule, in the rules' order."""
-    return [Problem(rule.__name__, line) for rule in RULES for line in rule(manifest)]
+    return [
+        Problem(rule.__name__, line, is_warning=rule in _UNWISE)
+        for rule in RULES
+        for line in rule(manifest)
+    ]

@@ -34,7 +34,7 @@ def replaces_only_what_has_ended(manifest: Manifest) -> Iterator[str]:
 
 def _code_rules(manifest: Manifest) -> Iterator[Document]:
     for rule in manifest.spec.get("podFailurePolicy", {}).get("rules", ()):
-        if "onExitCodes" in rule:
+        if rule.get("onExitCodes"):
             yield {"action": rule["action"], **rule["onExitCodes"]}
 
 
@@ -69,7 +69,7 @@ def codes_are_those_of_the_table(manifest: Manifest) -> Iterator[str]:
 
 def own_faults_come_before_disruptions(manifest: Manifest) -> Iterator[str]:
     rules = manifest.spec.get("podFailurePolicy", {}).get("rules", [])
-    kinds = [(each["action"], "onExitCodes" in each) for each in rules]
+    kinds = [(each["action"], bool(each.get("onExitCodes"))) for each in rules]
     if ("FailJob", True) not in kinds or ("Ignore", False) not in kinds:
         yield "podFailurePolicy: expected FailJob on exit codes and Ignore on DisruptionTarget"
     elif kinds.index(("FailJob", True)) > kinds.index(("Ignore", False)):
@@ -79,7 +79,7 @@ def own_faults_come_before_disruptions(manifest: Manifest) -> Iterator[str]:
 def disruptions_are_free(manifest: Manifest) -> Iterator[str]:
     rules = manifest.spec.get("podFailurePolicy", {}).get("rules", [])
     expected = {"type": "DisruptionTarget", "status": "True"}
-    ignored = [each.get("onPodConditions", []) for each in rules if each["action"] == "Ignore"]
+    ignored = [each.get("onPodConditions") or [] for each in rules if each["action"] == "Ignore"]
     if not any(expected in each for each in ignored):
         yield "podFailurePolicy: no rule ignores DisruptionTarget, so preemptions use up the Job"
 

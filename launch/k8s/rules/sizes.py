@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable, Iterator
 from urllib.parse import urlsplit
 
-from launch.k8s.manifest import Manifest, flag_in, node_range
+from fmnist_dist.errors import UsageError
+from fmnist_dist.settings import PREFIX, load
+from launch.k8s.manifest import STORE, Manifest, flag_in, node_range
 
 _LABEL_LENGTH = 63
 _VARIABLE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
@@ -46,27 +48,43 @@ def ports_agree(manifest: Manifest) -> Iterator[str]:
     places: list[tuple[str, Iterable[tuple[str, int]]]] = []
     for name, template in manifest.pods():
         for container in template["spec"]["containers"]:
-            open_ = [(each["name"], each["containerPort"]) for each in container.get("ports", ())]
+            ports = container.get("ports", ())
+            open_ = [(each.get("name", ""), each["containerPort"]) for each in ports]
             places.append((f"container {container['name']} of {name}", open_))
-            if listens := flag_in(container.get("args", []), "port"):
+            listens = flag_in(container.get("args", []), "port")
+            if listens and container["name"] == STORE:
                 places.append((f"--port of {name}", [("rendezvous", int(listens))]))
     for service in manifest.of_kind("Service"):
-        ports = [(each["name"], each["port"]) for each in service["spec"].get("ports", ())]
-        places.append((f"Service {service['metadata']['name']}", ports))
+        name, ports = service["metadata"]["name"], service["spec"].get("ports", ())
+        open_ = [(each.get("name", ""), each["port"]) for each in ports]
+        led = [(each.get("name", ""), each.get("targetPort", each["port"])) for each in ports]
+        places.append((f"Service {name}", open_))
+        places.append(
+            (f"targetPort of Service {name}", [each for each in led if each[0] != each[1]])
+        )
     for place, found in places:
         for name, port in found:
-            if port != wanted.get(name):
-                yield f"{place} has port {name} {port}, expected {wanted.get(name)} as in the args"
+            if name in wanted and port != wanted[name]:  # others are none of our programs'
+                yield f"{place} has port {name} {port}, expected {wanted[name]} as in the args"
 
 
 def limits_are_nested(manifest: Manifest) -> Iterator[str]:
     grace = manifest.pod.get("terminationGracePeriodSeconds", 30)
     environ = manifest.environment()
-    shutdown = float(environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
-    drain = float(manifest.flag("drain-seconds") or environ.get("FMNIST_DIST_DRAIN_SECONDS", 20))
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    if not (text := environ.get(name, "30")).isdecimal():  # as torch reads it
+        yield f"{name} is {text}, expected whole seconds"
+        return
+    shutdown = int(text)
+    try:
+        ours = {n: v for n, v in environ.items() if n.startswith(PREFIX)}
+        drain = load(manifest.training_flags, ours).config.drain_seconds
+    except UsageError as error:
+        yield f"the training would refuse its settings: {error}"
+        return
     if not grace > shutdown > drain:
         yield (
-            f"grace {grace} s, shutdown {shutdown:g} s, drain {drain:g} s: expected each shorter "
+            f"grace {grace} s, shutdown {shutdown} s, drain {drain:g} s: expected each shorter "
             "than the one before, or what drains is killed"
         )
 

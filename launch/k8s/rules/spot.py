@@ -1,15 +1,16 @@
 """What spot nodes need, and what makes their notice come too late."""
 
+import math
 from collections.abc import Iterator
 
-from launch.k8s.manifest import COMPONENT, Document, Manifest, selects
-from launch.k8s.providers import PROVIDERS, provider_of
+from launch.k8s.manifest import COMPONENT, STORE, Document, Manifest, selects
+from launch.k8s.providers import PROVIDERS, Provider, node_terms, provider_for
 
 _LONGEST_TOLERATION = 60
 
 
 def grace_fits_the_notice(manifest: Manifest) -> Iterator[str]:
-    name = provider_of(manifest.pod.get("nodeSelector", {}))
+    name = provider_for(manifest.pod)
     grace = manifest.pod.get("terminationGracePeriodSeconds", 30)
     if name is not None and grace > PROVIDERS[name].notice_seconds:
         notice = PROVIDERS[name].notice_seconds
@@ -17,7 +18,7 @@ def grace_fits_the_notice(manifest: Manifest) -> Iterator[str]:
 
 
 def spot_taints_are_tolerated(manifest: Manifest) -> Iterator[str]:
-    name = provider_of(manifest.pod.get("nodeSelector", {}))
+    name = provider_for(manifest.pod)
     taint = PROVIDERS[name].taint if name is not None else None
     keys = {each.get("key") for each in manifest.pod.get("tolerations", ())}
     if taint is not None and taint not in keys:
@@ -32,23 +33,25 @@ def no_toleration_is_a_wildcard(manifest: Manifest) -> Iterator[str]:
 
 
 def lost_nodes_are_left_soon(manifest: Manifest) -> Iterator[str]:
-    tolerations = manifest.pod.get("tolerations", ())
-    for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
-        found = [each.get("tolerationSeconds") for each in tolerations if each.get("key") == key]
-        if not found or found[0] is None or found[0] > _LONGEST_TOLERATION:
-            yield f"{key} is tolerated for {found[0] if found else 300} s, expected at most 60 s"
+    for name, template in manifest.pods():
+        tolerations = template["spec"].get("tolerations", ())
+        for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
+            given = (each for each in tolerations if each.get("key") == key)
+            toleration: Document = next(given, {"tolerationSeconds": 300})  # the server's default
+            seconds = toleration.get("tolerationSeconds", math.inf)
+            if seconds > _LONGEST_TOLERATION:
+                yield f"{name} tolerates {key} for {seconds} s, expected at most 60 s"
 
 
 def nothing_delays_the_notice(manifest: Manifest) -> Iterator[str]:
-    if provider_of(manifest.pod.get("nodeSelector", {})) is None:
+    if provider_for(manifest.pod) is None:
         return
     for name, template in manifest.pods():
         annotations = template["metadata"].get("annotations", {})
         if annotations.get("karpenter.sh/do-not-disrupt") == "true" and name.startswith("Job"):
             yield f"{name} has karpenter.sh/do-not-disrupt: no SIGTERM comes in time"
     for budget in manifest.of_kind("PodDisruptionBudget"):
-        selector = budget["spec"].get("selector", {})
-        if selects(selector, manifest.template["metadata"]["labels"]):
+        if selects(budget["spec"].get("selector"), manifest.template["metadata"]["labels"]):
             yield (
                 f"PodDisruptionBudget {budget['metadata']['name']} covers the trainers: drains of "
                 "spot nodes wait for it, and no SIGTERM comes in time"
@@ -56,23 +59,33 @@ def nothing_delays_the_notice(manifest: Manifest) -> Iterator[str]:
 
 
 def the_store_stays_off_spot_nodes(manifest: Manifest) -> Iterator[str]:
-    selector = manifest.pod.get("nodeSelector", {})
-    name = provider_of(selector)
+    name = provider_for(manifest.pod)
     if name is None:
         return
     for deployment in manifest.of_kind("Deployment"):
         template = deployment["spec"]["template"]
-        if template["metadata"]["labels"].get(COMPONENT) == "store" and not _avoids(
-            template["spec"], PROVIDERS[name].key
+        if template["metadata"]["labels"].get(COMPONENT) == STORE and not _avoids(
+            template["spec"], PROVIDERS[name]
         ):
             yield f"Deployment {deployment['metadata']['name']} may run on spot nodes of {name}"
 
 
-def _avoids(pod: Document, key: str) -> bool:
-    affinity = pod.get("affinity", {}).get("nodeAffinity", {})
-    needed = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {})
-    terms = needed.get("nodeSelectorTerms", [])
+def the_store_is_in_no_spot_pod(manifest: Manifest) -> Iterator[str]:
+    name = provider_for(manifest.pod)
+    if name is not None and not manifest.has_store_apart:
+        yield (
+            f"index 0 hosts the rendezvous store on spot nodes of {name}: where it is preempted, "
+            "all wait for its replacement; expected the component rendezvous"
+        )
+
+
+def _avoids(pod: Document, provider: Provider) -> bool:
+    terms = node_terms(pod)
     return bool(terms) and all(
-        any(each["key"] == key and each["operator"] == "NotIn" for each in term["matchExpressions"])
+        any(
+            (each["key"], each["operator"]) == (provider.key, "NotIn")
+            and provider.value in each["values"]
+            for each in term.get("matchExpressions", ())
+        )
         for term in terms
     )
