@@ -92,8 +92,8 @@ class Cluster:
         found: dict[str, Any] = json.loads(self._path(kind, name).read_text())
         return found
 
-    def put(self, document: dict[str, Any]) -> None:
-        folder = self.folder / NAMESPACE / document["kind"].lower()
+    def put(self, document: dict[str, Any], *, namespace: str | None = None) -> None:
+        folder = self.folder / (namespace or NAMESPACE) / document["kind"].lower()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{document['metadata']['name']}.json").write_text(json.dumps(document))
 

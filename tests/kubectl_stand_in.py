@@ -24,6 +24,7 @@ SINGULAR = {
     "networkpolicies": "networkpolicy",
     "deployments": "deployment",
     "poddisruptionbudgets": "poddisruptionbudget",
+    "nodepools.karpenter.sh": "nodepool",
 }
 PLURAL = {one: many for many, one in SINGULAR.items()}
 # ValidateJobSpecUpdate of pkg/apis/batch/validation: what no patch may change.
@@ -93,12 +94,16 @@ def get(namespace: str, words: list[str]) -> int:
                 f'Error from server (NotFound): {PLURAL[kind]}.batch "{names[0]}" not found'
             )
         return 0
+    if "." in words[0] and not (CLUSTER / namespace / kind).exists():
+        return fail(f'error: the server doesn\'t have a resource type "{PLURAL[kind]}"')
     wanted = dict(
         each.split("=") for each in (option(words, "--selector") or "").split(",") if each
     )
+    inside = sorted(CLUSTER.glob("*")) if "--all-namespaces" in words else [CLUSTER / namespace]
     items = [
         each
-        for each in read(CLUSTER / namespace / kind)
+        for folder in inside
+        for each in read(folder / kind)
         if wanted.items() <= each["metadata"].get("labels", {}).items()
     ]
     print(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))

@@ -273,8 +273,9 @@ def test_as_pid_1_it_hears_signals_and_buries_orphans(moment: str, tmp_path: Pat
     with Agent(tmp_path, *words, before=tuple(probe[:-1])) as outer:
         (pid,) = wait_for(lambda: children_of(outer.process.pid), "the agent")
         assert Path(f"/proc/{pid}/status").read_text().partition("NSpid:")[2].split()[1] == "1"
-        outer.await_text("meeting the other agents")
-        if moment == "training":
+        if moment == "rendezvous":
+            outer.await_text("meeting the other agents")
+        else:
             wait_for(lambda: any("hangs" in x.read_text() for x in tmp_path.glob("notes-*")), "it")
             (worker,) = children_of(pid)
             leave = ["sh", "-c", "sleep 999 & exec true"]  # a child that outlives its parent

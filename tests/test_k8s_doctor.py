@@ -145,6 +145,69 @@ def test_doctor_finds_the_traps_of_spot_nodes_and_changes_nothing(
     assert {each[2] for each in cluster.calls()[before:]} == {"get"}
 
 
+SPOT = {"karpenter.sh/capacity-type": "spot", "karpenter.sh/nodepool": "pool"}
+
+
+def nodepool(**disruption: str) -> dict[str, Any]:
+    return {"kind": "NodePool", "metadata": {"name": "pool"}, "spec": {"disruption": disruption}}
+
+
+def karpenter(**container: Any) -> dict[str, Any]:
+    labels = {"app.kubernetes.io/name": "karpenter"}
+    return {
+        "kind": "Deployment",
+        "metadata": {"name": "karpenter", "namespace": "kube-system", "labels": labels},
+        "spec": {"template": {"spec": {"containers": [container]}}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        (nodepool(), "NodePool pool moves pods off nodes that are little used"),
+        (nodepool(consolidationPolicy="WhenEmpty"), None),
+        (nodepool(consolidateAfter="Never"), None),
+        (karpenter(), "Karpenter (kube-system/karpenter) has no INTERRUPTION_QUEUE"),
+        (karpenter(env=[{"name": "INTERRUPTION_QUEUE", "value": "queue"}]), None),
+        (karpenter(args=["--interruption-queue=queue"]), None),
+        (karpenter(envFrom=[{"configMapRef": {"name": "settings"}}]), None),
+    ],
+)
+def test_doctor_finds_settings_of_karpenter_that_cost_the_notice(
+    cluster: Cluster, document: dict[str, Any], said: str | None
+) -> None:
+    """Wherever Karpenter runs; and says nothing of it where pods run on nodes of somebody else."""
+    cluster.told(*["--overlay=eks-spot-karpenter" if "overlay" in e else e for e in SUBMIT])
+    cluster.put(pod())
+    cluster.put(document, namespace="kube-system" if document["kind"] == "Deployment" else None)
+    cluster.put(node(**{"karpenter.sh/capacity-type": "spot"}))
+    assert cluster.told("doctor", "mine") == "mine: nothing found"
+    cluster.put(node(**SPOT))
+    found = cluster.run("doctor", "mine").stdout.splitlines()
+    assert [each for each in found if "arpenter" in each or "NodePool" in each] == [
+        each for each in found if said is not None and each.startswith(said)
+    ]
+    assert len(found) == 1
+
+
+def test_doctor_finds_what_keeps_the_notice_from_pods_that_are_on_spot_nodes_by_chance(
+    cluster: Cluster,
+) -> None:
+    cluster.told(*["--overlay=cpu-local" if "overlay" in each else each for each in SUBMIT])
+    budget = {"matchLabels": {"batch.kubernetes.io/job-name": "mine"}}
+    cluster.put(
+        {"kind": "PodDisruptionBudget", "metadata": {"name": "c"}, "spec": {"selector": budget}}
+    )
+    cluster.put(pod())
+    cluster.put(node())
+    assert cluster.told("doctor", "mine") == "mine: nothing found"
+    cluster.put(pod(spec={"tolerations": [{"operator": "Exists"}]}))
+    cluster.put(node(**{"cloud.google.com/gke-spot": "true"}))
+    tolerant, budgeted = cluster.run("doctor", "mine").stdout.splitlines()
+    assert tolerant.startswith("pod mine-0-x tolerates every taint")
+    assert budgeted.startswith("PodDisruptionBudget c covers pods on spot nodes")
+
+
 LONG_AGO = "2020-01-01T00:00:00Z"
 STORE = {
     "name": "mine-store-y",

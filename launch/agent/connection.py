@@ -23,7 +23,8 @@ class Connection:
 
     def __init__(self, config: LaunchConfig) -> None:
         self._config = config
-        _events.info("opening the rendezvous store", endpoint=config.rdzv_endpoint)
+        if config.max_nodes > 1:  # else there is nobody to wait for, and nothing to say
+            _events.info("opening the rendezvous store", endpoint=config.rdzv_endpoint)
         self._opening: Future[Link] | None = None
         self._next_at = self._give_up_at = 0.0
         self.link: Link | None = None

@@ -94,7 +94,8 @@ class Rounds:
             link = self._connection.link
             if workers is None or meeting is None or workers.link is not link:
                 if link is not None and time.monotonic() >= begin_at:
-                    _events.info("meeting the other agents", nodes=self._nodes)
+                    if self._arguments.launch.max_nodes > 1:
+                        _events.info("meeting the other agents", nodes=self._nodes)
                     workers = Workers(self._arguments, link)
                     meeting = aside(workers.meet, name="rendezvous")
             elif meeting.done():

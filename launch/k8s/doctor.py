@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
+from launch.k8s import karpenter
 from launch.k8s.controller import backoff_seconds
 from launch.k8s.kubectl import Kubectl
 from launch.k8s.live import LiveJob, find_job, index_of, indexes
-from launch.k8s.manifest import COMPONENT, RUN_ID, STORE, Document, Manifest
+from launch.k8s.manifest import COMPONENT, RUN_ID, STORE, Document, Manifest, selects
 from launch.k8s.providers import PROVIDERS, provider_for, provider_of
 from launch.k8s.rules import check
 
@@ -34,7 +35,8 @@ def examine(kubectl: Kubectl, name: str, *, now: datetime | None = None) -> list
     around = [each for kind in _OWNED for each in kubectl.all(kind, selector=f"{RUN_ID}={run_id}")]
     around += [each for kind in _COVERING for each in kubectl.all(kind)]
     store = kubectl.all("pods", selector=f"{RUN_ID}={run_id},{COMPONENT}={STORE}")
-    nodes = kubectl.nodes()
+    listed = kubectl.seen("nodes")
+    nodes = None if listed is None else {each["metadata"]["name"]: each for each in listed}
     if nodes is None:
         print("warning: this user may not see nodes: what they say is left out", file=sys.stderr)
     when = now or datetime.now(UTC)
@@ -46,6 +48,9 @@ def examine(kubectl: Kubectl, name: str, *, now: datetime | None = None) -> list
         *_not_started([*pods, *store], when),
         *_short_notices(pods, nodes or {}, told=provider_for(job.manifest.pod)),
         *_undisrupted(pods),
+        *_undrained(pods, job.manifest.pod),
+        *_budgeted(pods, nodes or {}, Manifest(around), told=provider_for(job.manifest.pod)),
+        *karpenter.examine(kubectl, [n for each in pods if (n := _node_of(each, nodes or {}))]),
         *_stores_on_spot_nodes(host, nodes or {}),
         *_abandoned_indexes(job, kubectl.namespace, when),
         *_ends(job),
@@ -102,7 +107,7 @@ def _short_notices(
     """Graces that are longer than the notice of the nodes that pods really run on."""
     for pod in pods:
         node = pod["spec"].get("nodeName", "")
-        found = provider_of(nodes.get(node, {}).get("metadata", {}).get("labels", {}))
+        found = _spot_of(pod, nodes)
         grace = pod["spec"].get("terminationGracePeriodSeconds", 30)
         if found and found != told and grace > PROVIDERS[found].notice_seconds:
             notice = PROVIDERS[found].notice_seconds
@@ -122,11 +127,39 @@ def _undisrupted(pods: list[Document]) -> Iterator[str]:
             )
 
 
+def _undrained(pods: list[Document], template: Document) -> Iterator[str]:
+    """Tolerations of everything that somebody, or a webhook, has put on the pods themselves."""
+    if _tolerates_all(template):  # a rule tells
+        return
+    for pod in filter(lambda each: _tolerates_all(each["spec"]), pods):
+        name = pod["metadata"]["name"]
+        yield f"pod {name} tolerates every taint, which also exempts it from being drained"
+
+
+def _tolerates_all(pod: Document) -> bool:
+    return any(not each.get("key") for each in pod.get("tolerations", ()))
+
+
+def _budgeted(
+    pods: list[Document], nodes: dict[str, Document], around: Manifest, *, told: str | None
+) -> Iterator[str]:
+    """Budgets over pods that run on spot nodes though their Job does not ask for any."""
+    if told is not None:  # a rule tells
+        return
+    on_spot = [each for each in pods if _spot_of(each, nodes)]
+    for budget in around.of_kind("PodDisruptionBudget"):
+        selector, name = budget["spec"].get("selector"), budget["metadata"]["name"]
+        if any(selects(selector, each["metadata"]["labels"]) for each in on_spot):
+            yield (
+                f"PodDisruptionBudget {name} covers pods on spot nodes: drains wait for it, and no "
+                "SIGTERM comes before the node is taken"
+            )
+
+
 def _stores_on_spot_nodes(pods: list[Document], nodes: dict[str, Document]) -> Iterator[str]:
     for pod in pods:
-        node = pod["spec"].get("nodeName", "")
-        if found := provider_of(nodes.get(node, {}).get("metadata", {}).get("labels", {})):
-            name = pod["metadata"]["name"]
+        if found := _spot_of(pod, nodes):
+            name, node = pod["metadata"]["name"], pod["spec"]["nodeName"]
             yield f"pod {name}, the rendezvous store, is on spot node {node} ({found})"
 
 
@@ -153,6 +186,16 @@ def _abandoned_indexes(job: LiveJob, namespace: str, now: datetime) -> Iterator[
                 f"index {index} has no pod: after {ends} ends, preemptions too, Kubernetes waits "
                 f"{pause:g} s before it starts another"
             )
+
+
+def _node_of(pod: Document, nodes: dict[str, Document]) -> Document | None:
+    return nodes.get(pod["spec"].get("nodeName", ""))
+
+
+def _spot_of(pod: Document, nodes: dict[str, Document]) -> str | None:
+    """Return on whose spot node a pod runs; None where it is no such node, or not known."""
+    node = _node_of(pod, nodes)
+    return provider_of(node["metadata"].get("labels", {})) if node else None
 
 
 def _is_alive(pod: Document) -> bool:

@@ -62,14 +62,14 @@ class Kubectl:
         text = self._call("get", kind, name, "--ignore-not-found", "-o", "json")
         return json.loads(text) if text.strip() else None
 
-    def all(self, kind: str, *, selector: str = "") -> "list[Document]":
-        words = ["--selector", selector] if selector else []
+    def all(self, kind: str, *words: str, selector: str = "") -> "list[Document]":
+        words += ("--selector", selector) if selector else ()
         return list(json.loads(self._call("get", kind, *words, "-o", "json"))["items"])
 
-    def nodes(self) -> "dict[str, Document] | None":
-        """Return the nodes of the cluster by name; None where this user may not see them."""
+    def seen(self, kind: str, *words: str, selector: str = "") -> "list[Document] | None":
+        """Return objects, None where the cluster has no such kind or this user may not see it."""
         try:
-            return {each["metadata"]["name"]: each for each in self.all("nodes")}
+            return self.all(kind, *words, selector=selector)
         except UsageError:
             return None
 
