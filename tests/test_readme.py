@@ -1,6 +1,5 @@
 """The README's commands do what it says: each is run here, as it stands there or nearly."""
 
-import json
 import os
 import re
 import shlex
@@ -11,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from clusters import Cluster
 from jobs import ROOT, Job, show
 
 README = (ROOT / "README.md").read_text()
@@ -120,29 +120,20 @@ def test_torchrun_show_ledger_and_evaluate_work_as_written(tmp_path: Path) -> No
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 def test_the_commands_for_kubernetes_bring_a_run_into_a_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the stand-in for kubectl of `clusters.py`: there is no cluster here."""
-    cluster, program = tmp_path / "cluster", tmp_path / "bin" / "kubectl"
-    cluster.mkdir()
-    program.parent.mkdir()
-    stand_in = ROOT / "tests" / "kubectl_stand_in.py"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stand_in}" "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("REAL_KUBECTL", str(shutil.which("kubectl")))
-    monkeypatch.setenv("CLUSTER", str(cluster))
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    for name, text in cluster.environ().items():
+        monkeypatch.setenv(name, text)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
     image = f"registry.example/fmnist-dist@sha256:{'a' * 64}"
     made, submit, status, wait = (each.replace('"$IMAGE"', image) for each in KUBERNETES)
-    answers = [run(each, path=program.parent) for each in (made, submit, status)]
+    answers = [run(each, path=cluster.program.parent) for each in (made, submit, status)]
     assert [each.returncode for each in answers] == [0, 0, 0], [each.stderr for each in answers]
     assert "namespace/fmnist-dist" in answers[0].stdout
     assert answers[1].stdout == "submitted mine: 4 pods, run s3://bucket/runs/mine\n"
     assert "mine (running)" in answers[2].stdout
-    path = cluster / "fmnist-dist" / "job" / "mine.json"
-    job = json.loads(path.read_text())
-    job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
-    path.write_text(json.dumps(job))
-    ended = run(wait, path=program.parent)
+    complete = {"conditions": [{"type": "Complete", "status": "True"}]}
+    cluster.edit("job", "mine", status=complete)
+    ended = run(wait, path=cluster.program.parent)
     assert (ended.returncode, ended.stdout) == (0, "mine: finished\n")
