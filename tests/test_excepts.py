@@ -105,6 +105,7 @@ SILENT: dict[str, tuple[int, str]] = {
     "fmnist_dist/distributed/process.py::open_sockets": (1, "closed meanwhile: not open"),
     "fmnist_dist/keeper/keep.py::_is_stopped": (1, "it has ended, which waitpid tells"),
     "fmnist_dist/lookout.py::Lookout._run": (1, "a pipe that closing has closed; else it raises"),
+    "launch/k8s/kubectl.py::Kubectl.seen": (1, "the answer: not there, or not for this user"),
     "launch/agent/orphans.py::reap": (1, "there is no child to bury"),
     "launch/agent/workers.py::Workers.signal": (1, "ended meanwhile: `ended` sees how"),
     "launch/agent/workers.py::_last_words": (1, "the answer: it has said nothing about its end"),

@@ -217,6 +217,7 @@ LEFT_UNSET = {
     "GLOO_SOCKET_IFNAME": "the trainer finds the interface of its address",
     "PET_TERMINATION_LOG": "--termination-log is in the arguments",
     "TERM": "a pod has no terminal",
+    "TORCH_CPP_LOG_LEVEL": "for whoever wants torch's own warnings",
 }
 
 

@@ -124,7 +124,7 @@ def test_a_training_gets_what_the_storage_of_its_run_needs(
     assert first.endswith(str(machine.tree)), done.stderr
     assert [line.removeprefix(first) for line in more] == extras
     calls = machine.calls.read_text()
-    assert calls.rindex("-m pip install") < calls.index("-m torch.distributed.run")
+    assert calls.rindex("-m pip install") < calls.index("-m launch.agent")
 
 
 def test_an_install_that_failed_leaves_no_stamp(machine: Machine) -> None:
