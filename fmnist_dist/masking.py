@@ -7,7 +7,8 @@ stand in a URL all the same, what is printed, logged or recorded of it goes thro
 import re
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*://)(?P<rest>.*)", re.DOTALL)
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+# Not the punctuation of the sentence that it stands in: "http://host:9: refused" names a port.
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+?(?=[.,:;!?)]*(?:[\s'\"<>]|$))")
 
 
 def masked_url(url: str) -> str:
