@@ -6,14 +6,17 @@ that is too old is far better than none: "Serving Stale Data to Improve DNS Resi
 
 import asyncio
 import socket
+from typing import TYPE_CHECKING
 
-from aiohttp.abc import ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from fmnist_dist import limits
 
+if TYPE_CHECKING:  # aiohttp 3.9 has no name for it
+    from aiohttp.abc import ResolveResult
+
 # Of this process, whatever its clients: a new one may be made when there is no time to ask.
-_last: dict[tuple[str, int, int], list[ResolveResult]] = {}
+_last: "dict[tuple[str, int, int], list[ResolveResult]]" = {}
 
 
 class LastingResolver(ThreadedResolver):
@@ -21,7 +24,7 @@ class LastingResolver(ThreadedResolver):
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
+    ) -> "list[ResolveResult]":
         """Return the addresses of a host. Raises OSError where none was ever found."""
         key = host, port, int(family)
         lookup = asyncio.create_task(self._look_up(key, host, port, family))
@@ -32,7 +35,7 @@ class LastingResolver(ThreadedResolver):
 
     async def _look_up(
         self, key: tuple[str, int, int], host: str, port: int, family: socket.AddressFamily
-    ) -> list[ResolveResult]:
+    ) -> "list[ResolveResult]":
         try:
             _last[key] = await super().resolve(host, port, family)
         except OSError:
