@@ -60,6 +60,7 @@ class Due:
         self._waiting_since = now
         self._unsaved_since: float | None = None  # the oldest state that should be durable
         self._retry_at: float | None = None
+        self._has_told = False  # that the save under way takes long
 
     def reason(self, step: int, *, ends_epoch: bool) -> str | None:
         """Return why the state of a step should be saved; None if it need not, or not yet."""
@@ -85,6 +86,7 @@ class Due:
         self._copied_at = time.monotonic()
         self._unsaved_since = self._unsaved_since or self._copied_at
         self._waiting = None
+        self._has_told = False
 
     def committed(self) -> None:
         """That save is durable; what has fallen due since is not."""
@@ -125,6 +127,18 @@ class Due:
         if unsaved > self._limit:
             error = StorageError("a save does not come to an end")
             raise self.gave_up(error, unsaved, newest_step=newest_step)
+
+    def tell_of_long(self, *, step: int, newest_step: int | None, usual_seconds: float) -> None:
+        """Warn, once, of a save that takes long: its storage may say nothing for a minute."""
+        seconds = time.monotonic() - self._copied_at
+        if not self._has_told and seconds > max(limits.LONG_SAVE_SECONDS, 3 * usual_seconds):
+            self._has_told = True
+            _events.warning(
+                "a save takes long, training goes on",
+                step=step,
+                seconds=round(seconds),
+                newest_checkpoint="none" if newest_step is None else newest_step,
+            )
 
     def unsaved_seconds(self) -> float:
         """Return for how long a state that was to be saved has not been durable."""

@@ -31,6 +31,7 @@ DEATH_SECONDS = 30.0  # of a trainer that was killed; what waits for a dead disk
 KILL_SECONDS = 1.0  # what a keeper keeps of a drain's time: to kill, and to save in its place
 RESCUE_SECONDS = 30.0  # saving from the keeper's memory
 LOCAL_TIER_SECONDS = 60.0  # for one thing asked of the local tier's disk; then it is let alone
+LONG_SAVE_SECONDS = 10.0  # and three times the last one's: then a save under way is told of
 SAVE_RETRY_SECONDS = 5.0  # after a save that failed; storage that is full stays so for a while
 LAST_TRY_SECONDS = 1.0  # with less time left than this, or a tenth of it, it is not tried again
 SAY_SECONDS = 5.0  # rank 0 says what is wrong, before torchrun ends it because another rank ended

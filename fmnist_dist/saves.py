@@ -295,7 +295,14 @@ class Saves:
         busy = self._saver.busy  # first: it may end meanwhile, and would seem to have ended well
         error = self._saver.error()
         if busy and error is None:
-            self._due.limit(newest_step=self._committer.newest_step)
+            newest = self._committer.newest_step
+            self._due.limit(newest_step=newest)
+            if self._flight is not None:
+                self._due.tell_of_long(
+                    step=self._flight.step,
+                    newest_step=newest,
+                    usual_seconds=self._committer.took,
+                )
             return
         flight, self._flight = self._flight, None
         match error:

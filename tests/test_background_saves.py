@@ -311,6 +311,25 @@ def test_a_save_that_does_not_come_back_ends_the_training_after_its_limit() -> N
         wait_for(ends, "the end of the training")
 
 
+def test_a_save_that_takes_long_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(limits, "LONG_SAVE_SECONDS", 0.05)
+    said = "a save takes long, training goes on"
+    with trained() as (training, storage):
+        training.saves._saver.start(lambda: None)  # no save, whatever else is done there
+        training.saves.wants(4, ends_epoch=False)
+        for number in (1, 2):  # of two saves
+            storage.shut()
+            training.settle()
+            assert training.turn()
+            assert caplog.messages.count(said) == number - 1
+            wait_for(lambda: training.turn() or said in caplog.messages[number - 1 :], said)  # noqa: B023 - at once
+            training.turn()
+            assert caplog.messages.count(said) == number
+            storage.open()
+
+
 def test_an_error_that_comes_while_one_looks_is_not_taken_for_success() -> None:
     with trained() as (training, storage):
         storage.fails = True
