@@ -148,26 +148,35 @@ def test_a_rank_is_drained_in_time_beside_one_that_is_stopped(root: Folder, tmp_
     assert_sound(job.run)
 
 
+@pytest.mark.parametrize(
+    "whom",
+    [
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("the agent", "all workers")),
+        "every process",  # as the end of a container does
+    ],
+)
 def test_a_signal_to_the_agent_to_all_workers_or_to_every_process_loses_nothing(
-    root: Folder, tmp_path: Path
+    whom: str, root: Folder, tmp_path: Path
 ) -> None:
-    for number, whom in enumerate(("the agent", "all workers", "every process"), start=1):
-        job = Job(root, [*FLAGS, *LONG], max_restarts=0, module="train_small", logs=tmp_path)
-        with running(job):
-            wait_for_step(job, 2, attempt=number - 1)
-            agent, workers = [job.process.pid], job.keeper_pids()
-            assert len(workers) == 2
-            everybody = [*agent, *workers, *job.trainer_pids()]
-            chosen = {"the agent": agent, "all workers": workers}.get(whom, everybody)
-            for pid in chosen:
-                os.kill(pid, signal.SIGTERM)
-            text = job.wait()
-        assert job.process.returncode != 0  # it is not finished
-        told = re.findall(r"asked to stop: step .* exit_code=143", text)  # torchrun quotes it
-        assert len(told) == 1, text[-5000:]  # rank 0 tells
-        assert "worker lost" not in text
+    job = Job(root, [*FLAGS, *LONG], max_restarts=0, module="train_small", logs=tmp_path)
+    with running(job):
+        wait_for_step(job, 2)
+        agent, workers = [job.process.pid], job.keeper_pids()
+        assert len(workers) == 2
+        everybody = [*agent, *workers, *job.trainer_pids()]
+        chosen = {"the agent": agent, "all workers": workers}.get(whom, everybody)
+        for pid in chosen:
+            os.kill(pid, signal.SIGTERM)
+        text = job.wait()
+    assert job.process.returncode != 0  # it is not finished
+    told = re.findall(r"asked to stop: step .* exit_code=143", text)  # torchrun quotes it
+    assert len(told) == 1, text[-5000:]  # rank 0 tells
+    assert "worker lost" not in text
+    with Alone(root, *LONG, logs=tmp_path) as again:
+        again.await_steps(1)
+        drained(again)
     assert_nothing_was_lost(root)
-    assert len(show(root)["attempts"]) == 3
+    assert len(show(root)["attempts"]) == 2
 
 
 def test_a_signal_while_the_ranks_heal_loses_nothing(root: Folder, tmp_path: Path) -> None:
