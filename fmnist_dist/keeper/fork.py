@@ -51,8 +51,8 @@ def fork(function: Callable[[], int], *, name: str, close: Iterable[int] = ()) -
     try:
         os.setpgid(0, 0)
         die_with(parent)
-        name_process(name)
         _begin_anew(close)
+        name_process(name)  # last: whoever finds it by its name finds it apart
         code = function()
     except SystemExit as leaving:
         code = _code_of(leaving)
