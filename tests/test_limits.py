@@ -54,6 +54,10 @@ ENDED_OTHERWISE: dict[str, tuple[int, str]] = {
     "fmnist_dist/distributed/reduce.py::GradientTree._scatter.finish": (1, "its group's limit"),
     "fmnist_dist/distributed/step.py::ShardedStep.__call__": (1, "its group's limit"),
     # Locks, each held for work that ends.
+    "fmnist_dist/distributed/connection.py::Connection.__init__": (
+        1,
+        "held for one connect: STORE_SECONDS",
+    ),
     "fmnist_dist/lookout.py::Lookout.watching": (2, "held for one store call: ANSWER_SECONDS"),
     "fmnist_dist/lookout.py::Lookout._break_off": (1, "held while the two lines above assign"),
     "fmnist_dist/committer.py::Committer.writer": (

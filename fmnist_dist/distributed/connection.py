@@ -8,6 +8,7 @@ answer that comes late would be taken for that of the next call.
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import ParamSpec, TypeVar
@@ -20,6 +21,9 @@ from fmnist_dist.errors import TransientError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+_opening = threading.Lock()  # whose sockets are new is seen by what was there before
 
 
 class StoreLostError(TransientError):
@@ -37,18 +41,19 @@ class Connection(dist.Store):
         super().__init__()
         self._prefix = prefix
         self._lost: StoreLostError | None = None
-        before = open_sockets()
-        try:
-            self._store = dist.TCPStore(
-                host, port, is_master=False, timeout=timedelta(seconds=limits.STORE_SECONDS)
-            )
-        except RuntimeError as error:  # `DistError` is one, and old versions of torch raise it bare
-            raise TransientError(
-                f"the launcher's store at {host}:{port} did not answer in "
-                f"{limits.STORE_SECONDS:g} s: {error}"
-            ) from error
-        for descriptor in open_sockets().keys() - before.keys():
-            _limit_answers(descriptor)
+        with _opening:
+            before = open_sockets()
+            try:
+                self._store = dist.TCPStore(
+                    host, port, is_master=False, timeout=timedelta(seconds=limits.STORE_SECONDS)
+                )
+            except RuntimeError as error:  # `DistError` is one, and old torch raises it bare
+                raise TransientError(
+                    f"the launcher's store at {host}:{port} did not answer in "
+                    f"{limits.STORE_SECONDS:g} s: {error}"
+                ) from error
+            for descriptor in open_sockets().keys() - before.keys():
+                _limit_answers(descriptor)
 
     def set(self, key: str, value: str) -> None:
         self._call(self._store.set, self._under(key), value)
