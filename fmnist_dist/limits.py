@@ -54,6 +54,11 @@ APT_SILENCE_SECONDS = 20  # of apt's own downloads
 DATA_LOCK_SECONDS = 900.0
 
 
+def kill_reserve_seconds(drain_seconds: float) -> float:
+    """Return what a keeper keeps of a drain's time: to kill, and to save in the trainer's place."""
+    return min(KILL_SECONDS, drain_seconds / 4)
+
+
 def poll_seconds(waited: float) -> float:
     """Return the pause between two looks at the store after so many seconds of waiting for it.
 

@@ -64,7 +64,7 @@ class Lookout:
         """
         if self._stop.since is None:
             return self._drain_seconds
-        reserve = min(limits.KILL_SECONDS, self._drain_seconds / 4)
+        reserve = limits.kill_reserve_seconds(self._drain_seconds)
         return max(0.0, self._drain_ends_at() - reserve - time.monotonic())
 
     def _drain_ends_at(self) -> float:

@@ -126,9 +126,8 @@ def open_run(
     A storage that refuses this user is one that does not fit: nothing of this launch would ever be
     saved there. (Once training goes on it is one that is away.)
     """
-    faulty = disk if joined.is_main else None
-    storage = place.storage(single_writer=launch.config.single_writer, disk=faulty)
     if not joined.is_main:
+        storage = place.storage(single_writer=launch.config.single_writer)
         text = joined.hear("resumption")
         if text.startswith("failed "):
             raise PeerFailedError(int(text.removeprefix("failed ")))
@@ -141,6 +140,7 @@ def open_run(
         received = {name: broadcast(joined, None, source=0, key=f"file/{name}") for name in names}
         # With the connection that has just been used: a drain may not have the time to make one.
         return follow_run(launch, place, resumption, agents=agents, storage=storage, files=received)
+    storage = place.storage(single_writer=launch.config.single_writer, disk=disk)
     if known is not None:
         joined.tell("resumption", known)
         joined.tell("files", "[]")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # aiohttp 3.9 has no name for it
     from aiohttp.abc import ResolveResult
 
 # Of this process, whatever its clients: a new one may be made when there is no time to ask.
-_last: "dict[tuple[str, int, int], list[ResolveResult]]" = {}
+_last: "dict[tuple[str, int, socket.AddressFamily], list[ResolveResult]]" = {}
 
 
 class LastingResolver(ThreadedResolver):
@@ -26,18 +26,19 @@ class LastingResolver(ThreadedResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> "list[ResolveResult]":
         """Return the addresses of a host. Raises OSError where none was ever found."""
-        key = host, port, int(family)
-        lookup = asyncio.create_task(self._look_up(key, host, port, family))
+        key = host, port, family
+        lookup = asyncio.create_task(self._look_up(*key))
         if key not in _last:
             return await lookup
         await asyncio.wait({lookup}, timeout=limits.NAME_SECONDS)  # it goes on, for the next time
         return _last[key]
 
     async def _look_up(
-        self, key: tuple[str, int, int], host: str, port: int, family: socket.AddressFamily
+        self, host: str, port: int, family: socket.AddressFamily
     ) -> "list[ResolveResult]":
+        key = host, port, family
         try:
-            _last[key] = await super().resolve(host, port, family)
+            _last[key] = await super().resolve(*key)
         except OSError:
             if key not in _last:
                 raise

@@ -22,7 +22,6 @@ from fmnist_dist.errors import TransientError
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-
 _opening = threading.Lock()  # whose sockets are new is seen by what was there before
 
 

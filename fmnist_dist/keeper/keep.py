@@ -233,7 +233,7 @@ class Keeper:
 
     def _kill_at(self) -> float:
         """Return when a drain ends: what is left then is for saving in the trainer's place."""
-        reserve = min(limits.KILL_SECONDS, self._config.drain_seconds / 4)
+        reserve = limits.kill_reserve_seconds(self._config.drain_seconds)
         return self.board.drain_deadline - reserve
 
     def _look(self, trainer: int, watch: Watch) -> None:
