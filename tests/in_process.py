@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from fmnist_dist.checkpoint import disk
 from fmnist_dist.data.dataset import DATASETS
 from fmnist_dist.data.sources import Origin
 from fmnist_dist.distributed import roster
+from fmnist_dist.distributed.stop import SIGNALS
 from fmnist_dist.saves import Saves
 
 NUM_SAMPLES = 30  # of the small training set
@@ -113,10 +115,13 @@ def _process_as_before() -> Iterator[None]:
     root, package = logging.getLogger(), logging.getLogger("fmnist_dist")
     handlers, level, threads = list(root.handlers), package.level, torch.get_num_threads()
     hook = sys.excepthook  # each process group wraps it
+    signals = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
     finally:
         sys.excepthook = hook
+        for number, handler in signals.items():
+            signal.signal(number, handler)
         if s3client := sys.modules.get("fmnist_dist.checkpoint.s3client"):
             s3client._preloaded.clear()  # a session keeps the credentials that it has found
         root.handlers[:] = handlers

@@ -119,7 +119,8 @@ def test_a_group_that_does_not_end_does_not_keep_a_finished_run_from_ending(
 
 def test_a_drain_has_the_time_that_is_left_until_the_keeper_kills() -> None:
     board = Board.create()
-    with stop.listen() as request:
+    with stop.woken_by_signals() as (readable, _):
+        request = stop.StopRequest(readable)
         lookout = Lookout(board, request, drain_seconds=20)
         assert lookout.drain_seconds_left() == 20  # another rank was asked, and this one was not
         request.since = time.monotonic() - 10  # the step at hand took so long

@@ -55,10 +55,13 @@ class StopRequest:
 
 @contextmanager
 def listen() -> Iterator[StopRequest]:
-    """Take SIGTERM, SIGINT and SIGUSR1 as a wish to stop after the current step."""
+    """Take SIGTERM, SIGINT and SIGUSR1 as a wish to stop after the current step.
+
+    Afterwards they are ignored, see `handled_to_the_end`.
+    """
     with woken_by_signals() as (readable, _):
         request = StopRequest(readable)
-        with handled(SIGNALS, request._handle):  # noqa: SLF001
+        with handled_to_the_end(request._handle):  # noqa: SLF001
             yield request
 
 
@@ -86,6 +89,23 @@ def handled(
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+@contextmanager
+def handled_to_the_end(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have SIGTERM, SIGINT and SIGUSR1 call `handler`, and ignore them from then on.
+
+    What comes later is the end of the process, whose exit code says what happened. A launcher that
+    saw another worker end signals this one just then, and Python gives its handlers back to the
+    system while it ends, though not those that ignore: 143 would become -15.
+    """
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from fmnist_dist.distributed.connection import StoreLostError
 from fmnist_dist.distributed.generation import Lost
 from fmnist_dist.distributed.process import stat_fields
 from fmnist_dist.distributed.roster import StoreKeys
-from fmnist_dist.distributed.stop import SIGNALS, handled, woken_by_signals
+from fmnist_dist.distributed.stop import SIGNALS, handled, handled_to_the_end, woken_by_signals
 from fmnist_dist.errors import INTERRUPTED, ExitCode, TransientError
 from fmnist_dist.handover.board import Board, Section
 from fmnist_dist.handover.slots import Slots
@@ -50,7 +50,11 @@ _events = EventLog("fmnist_dist.keeper")
 
 def keep(prepared: Prepared, train: Callable[[Desk], int], phases: Phases) -> int:
     """Have trainers train, one after the other, until the run's end; return the exit code."""
-    with woken_by_signals() as pipe, handled((*SIGNALS, signal.SIGCHLD), _ignore):
+    with (
+        woken_by_signals() as pipe,
+        handled({signal.SIGCHLD}, _wake),
+        handled_to_the_end(_wake),
+    ):
         keeper = Keeper(prepared, train, pipe)
         with noting_failures(prepared.place, keeper.board):
             return keeper.run(phases)
@@ -370,7 +374,7 @@ class Keeper:
             generation.leave(self._keys, rank=self._rank, reason=f"exit code {code}")
 
 
-def _ignore(_number: int, _frame: object) -> None:
+def _wake(_number: int, _frame: object) -> None:
     """Let the interpreter write the signal's number into the pipe, and go on."""
 
 
