@@ -21,7 +21,7 @@ from in_process import clean_environ
 from jobs import LIMIT_SECONDS, ROOT, alive, reached, wait_for
 
 _NAMES = "fmnist-hosts"  # namespaces: <this>-<process of the tests>-<nonce>-<host>
-_STORE = "10.77.0.250"  # a host that runs nothing but the store of the rendezvous
+_STORE = 250  # the number of a host that runs nothing but the store of the rendezvous
 _PORT = 29500  # in namespaces of its own it is always free
 _TOOLS = ("ip", "iptables", "unshare")
 # Of torchrun's agents: a lost one is given up after 5 s instead of 15, a rendezvous waits 1 s for
@@ -79,8 +79,17 @@ class Host:
         self.processes.append(process)
         return process
 
+    @property
+    def in_url(self) -> str:
+        """Its address, as it stands before a port."""
+        return f"[{self.address}]" if ":" in self.address else self.address
+
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log is not None else ""
+
+    def run(self, *command: str) -> str:
+        """Return what a short command prints here."""
+        return _ip("netns", "exec", self.name, *command)
 
     def pids(self) -> list[int]:
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
@@ -114,7 +123,7 @@ class Host:
         self._iptables("-F")
 
     def _iptables(self, *words: str) -> str:
-        return _ip("netns", "exec", self.name, "iptables", "-w", *words)
+        return self.run("iptables", "-w", *words)
 
 
 _DIRECTION = {"INPUT": "-i", "OUTPUT": "-o"}
@@ -123,10 +132,12 @@ _DIRECTION = {"INPUT": "-i", "OUTPUT": "-o"}
 class Network:
     """Hosts on one bridge. A context; what runs on them is killed, and all is removed, at its end.
 
-    Addresses are 10.77.0.N: torchrun's agents have the rank of their address.
+    Addresses are 10.77.0.N, or fd77::N where hosts have IPv6 alone: torchrun's agents have the rank
+    of their address.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ipv6: bool = False) -> None:
+        self._ipv6 = ipv6
         self._prefix = f"{_NAMES}-{os.getpid()}-{secrets.token_hex(3)}"
         self._switch = f"{self._prefix}-switch"
         self.hosts: list[Host] = []
@@ -148,9 +159,10 @@ class Network:
             _ip("netns", "del", host.name)
         _ip("netns", "del", self._switch)
 
-    def add(self, address: str) -> Host:
-        name = f"{self._prefix}-{address}"
-        cable = f"port{address.rpartition('.')[2]}"
+    def add(self, number: int) -> Host:
+        address = f"fd77::{number}" if self._ipv6 else f"10.77.0.{number}"
+        name = f"{self._prefix}-{number}"
+        cable = f"port{number}"
         _ip("netns", "add", name)
         host = Host(name, address)
         self.hosts.append(host)
@@ -158,7 +170,10 @@ class Network:
         _ip(*switch, "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
         _ip(*switch, "set", cable, "master", "bridge", "up")
         _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+        if self._ipv6:  # at once, and not after it was looked for on all others
+            _ip("-n", name, "address", "add", f"{address}/64", "dev", "eth0", "nodad")
+        else:
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
         return host
 
@@ -225,7 +240,7 @@ class Launch:
         command = [sys.executable, "-m", self._launcher, "--nnodes=1:4"]
         command += ["--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-id={self.run.name}"]
         command += [
-            f"--rdzv-endpoint={_STORE}:{_PORT}",
+            f"--rdzv-endpoint={self.store.in_url}:{_PORT}",
             f"--rdzv-conf=is_host=0,{self._rendezvous}",
         ]
         command += [f"--local-addr={host.address}", "--max-restarts=100"]

@@ -4,6 +4,7 @@ What torchrun's agents do there is in `test_hosts.py`: they hang, or they die.
 """
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from jobs import files_of_newest, ledger, reached, show, wait_for
 from run_files import assert_sound, checkpoints
 
 MORE_FLAGS = [f"--max-steps={100}", "--dropout=0.2"]
+_READ = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read().decode(), end='')"
 SILENT_SECONDS = 10.0  # of a store: twice the 5 s of `SHORT_RENDEZVOUS`
 AWAY = "the rendezvous store is away"
 
@@ -53,7 +55,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 def hosts_of(launch: Launch) -> list[Host]:
     if len(launch.network.hosts) == 1:
         for number in (1, 2):
-            launch.network.add(f"10.77.0.{number}")
+            launch.network.add(number)
     return launch.network.hosts[1:]
 
 
@@ -76,6 +78,32 @@ def finish(launch: Launch, undisturbed: dict[str, str]) -> None:
     assert_sound(launch.run)
     proof = ledger(launch.run)
     assert proof.returncode == 0, proof.stdout + proof.stderr
+
+
+def test_hosts_with_ipv6_alone_are_probed_lose_one_and_go_on(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    """As pods have on a cluster of that kind: their kubelet asks for /healthz there, too."""
+    with Network(ipv6=True) as network:
+        launch = Launch(
+            network,
+            tmp_path / "run",
+            *FLAGS,
+            *MORE_FLAGS,
+            launcher="launch.agent",
+            PET_METRICS_PORT="9400",
+        )
+        one, other = hosts_of(launch)
+        for host in (one, other):
+            launch.start(host)
+        wait_for(lambda: worlds(launch.run) == [2] and reached(launch.run)[1] >= 2, "both to train")
+        for host in (one, other):
+            page = f"http://{host.in_url}:9400/healthz"
+            assert launch.store.run(sys.executable, "-c", _READ, page) == "training\n"
+        assert one.kill()
+        launch.await_step(reached(launch.run)[1] + 2, attempt=1)
+        launch.agents.pop(0)
+        finish(launch, undisturbed)
 
 
 def test_workers_train_on_while_the_store_is_cut_off_and_all_meet_when_it_is_back(

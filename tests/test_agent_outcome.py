@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -310,18 +311,36 @@ def test_whatever_a_worker_has_written_last_is_read_or_let_alone(
     assert _last_words(str(tmp_path / "error.json"), 78) == expected
 
 
+@pytest.fixture
+def metrics_port() -> int:
+    """Serve on a free port of all addresses; return it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    metrics.serve(port, metrics.Metrics, Mock(), Mock())  # type: ignore[arg-type]
+    return port
+
+
 def test_who_asks_nothing_of_the_metrics_port_is_left_and_does_not_fill_the_log(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], metrics_port: int
 ) -> None:
     assert metrics._Silent.timeout == limits.SCRAPE_SECONDS
     monkeypatch.setattr(metrics._Silent, "timeout", 0.1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    metrics.serve(port, metrics.Metrics, Mock(), Mock())  # type: ignore[arg-type]
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as silent:
+    with socket.create_connection(("127.0.0.1", metrics_port), timeout=30) as silent:
         assert silent.recv(1) == b""
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_metrics_port_answers_on_ipv4_and_on_ipv6(address: str, metrics_port: int) -> None:
+    """A pod of a cluster with IPv6 is probed there."""
+    if ":" in address and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    asking = HTTPConnection(address, metrics_port, timeout=30)
+    asking.request("GET", "/")
+    answer = asking.getresponse()
+    assert (answer.status, answer.read()) == (404, b"expected /metrics or /healthz\n")
+    asking.close()
 
 
 def test_every_code_names_a_fault() -> None:

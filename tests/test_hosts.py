@@ -51,7 +51,7 @@ def launch_on(
     network: Network, run: Path, environ: dict[str, str], **settings: str
 ) -> tuple[Launch, Host, Host]:
     launch = Launch(network, run, *FLAGS, *MORE_FLAGS, **settings, **environ)
-    return launch, network.add("10.77.0.1"), network.add("10.77.0.2")
+    return launch, network.add(1), network.add(2)
 
 
 def worlds(run: Path) -> list[int]:
@@ -263,7 +263,7 @@ def test_a_newcomer_with_a_private_folder_is_refused_and_the_run_goes_on(
 
 def test_hosts_whose_test_was_killed_are_removed_by_the_next_one(network: Network) -> None:
     with Network() as left:
-        host = left.add("10.77.0.9")
+        host = left.add(9)
         dead = next(pid for pid in range(2**21, 2**22) if not Path(f"/proc/{pid}").exists())
         renamed = host.name.replace(f"-{os.getpid()}-", f"-{dead}-")
         hosts._ip("netns", "attach", renamed, str(_sleeper(host)))

@@ -3,6 +3,7 @@
 Every number is looked up when it is asked for; what this agent cannot know is not there.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from threading import Thread
@@ -95,6 +96,15 @@ class _Silent(WSGIRequestHandler):
 
 
 class _Server(ThreadingWSGIServer):
+    """Listens on all addresses of the pod: a kubelet probes the one that the cluster knows."""
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
     def handle_error(self, *_: object) -> None:
         """Say nothing: who asked has gone, or has asked for nothing in time."""
 
