@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def train(world: World, case: dict) -> dict:
     state = TrainState(model, optimizer=case["optimizer"], settings=settings)
     plan = Plan(settings, num_samples=case["num_samples"])
     feed = TrainingFeed(small_dataset(case["num_samples"]), seed=5, device=torch.device("cpu"))
+    losses = []
     announced = []
     step = ShardedStep(
         state,
@@ -69,7 +71,7 @@ def train(world: World, case: dict) -> dict:
         seed=5,
         before_waiting=lambda: announced.append(len(losses)),
     )
-    losses = []
+    announced.clear()  # torch 2.6 sends weights while it is built
     asked = []
     for number in range(case["steps"]):
         stop = world.rank == world.size - 1 and number == 2
@@ -112,6 +114,8 @@ def run_world(size: int, case: dict) -> list[dict]:
             if child == 0:
                 try:
                     rank_main(rank, size, case, folder)
+                except Exception:  # noqa: BLE001 - told here: nobody else can
+                    traceback.print_exc()
                 finally:
                     sys.stderr.flush()
                     os._exit(0 if (folder / f"{rank}.json").exists() else 1)

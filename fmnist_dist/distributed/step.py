@@ -35,11 +35,15 @@ class Samples(Protocol):
     def identity(self) -> Tensor: ...  # int64 [B, 2]
 
 
+_PARAMETERS = signature(DistributedDataParallel).parameters
 # torch 2.14 renamed the argument; the old name warns.
-_RENAMED = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+_RENAMED = "forward_sync_buffers" in _PARAMETERS
 _NO_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if _RENAMED else "broadcast_buffers": False,
 }
+# All ranks hold the same state: they have compared its digest. torch 2.6 sends rank 0's even so.
+_SENDS = "init_sync" not in _PARAMETERS
+_NO_SYNC: dict[str, Any] = {} if _SENDS else {"init_sync": False}
 
 Gather = Callable[[plan.Step, int, int], Samples]  # samples [start, stop) of the global batch
 
@@ -87,10 +91,12 @@ class ShardedStep:
         )
         self._seed = seed
         self._before_waiting = before_waiting
+        if _SENDS:
+            before_waiting()
         self._ddp = DistributedDataParallel(
             _Loss(state.model, precision=precision, device=world.device),
             device_ids=[world.device] if world.device.type == "cuda" else None,
-            init_sync=False,  # all ranks hold the same state: they have compared its digest
+            **_NO_SYNC,
             **_NO_BUFFERS,  # shards begin with the committed ones, alike on every rank
         )
         self._trained = [p for p in state.model.parameters() if p.requires_grad]

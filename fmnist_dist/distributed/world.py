@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 from fmnist_dist import limits
 from fmnist_dist.distributed.process import open_sockets
@@ -19,6 +20,16 @@ from fmnist_dist.distributed.watched import WatchedStore
 from fmnist_dist.errors import PeerLostError, UsageError
 
 _GLOO_TRIES = 5  # to connect to a peer, each for the whole time-out (torch 2.14.1)
+# What tells gloo's errors from others'. The last one has no place in the source before it: all that
+# waits on a connection that was given up, or closed by torch 2.6.
+_OF_GLOO = ("gloo", "connection", "pair closure")
+# Older torch (2.6 and 2.7 were tried) differs in two ways that would cost much:
+# - The end of a group waits for its threads with Python's lock held, which they need to let go of
+#   tensors. After a collective that has failed it would wait for ever. So groups stay: some idle
+#   threads and closed connections for each heal.
+# - The time-out that a group was built with stays that of its collectives. So it is the long one.
+_IS_OLD = TorchVersion(torch.__version__) < "2.14"
+_ended: list[dist.ProcessGroup] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +106,7 @@ def join(
     before = set(open_sockets().values())
     watched = WatchedStore(dist.PrefixStore(f"group/{generation}", store), check)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    tries = _GLOO_TRIES if backend == "gloo" else 1
+    build_seconds = limits.BUILD_SECONDS / (_GLOO_TRIES if backend == "gloo" else 1)
     try:
         with naming_lost_peers():
             dist.init_process_group(
@@ -103,9 +114,10 @@ def join(
                 store=watched if roster.size > 1 else dist.HashStore(),
                 rank=roster.rank,
                 world_size=roster.size,
-                timeout=timedelta(seconds=limits.BUILD_SECONDS / tries),
+                timeout=timedelta(seconds=limits.COLLECTIVE_SECONDS if _IS_OLD else build_seconds),
             )
-            _limit_collectives(limits.COLLECTIVE_SECONDS)
+            if not _IS_OLD:
+                dist.set_timeout(timedelta(seconds=limits.COLLECTIVE_SECONDS), dist.group.WORLD)
         yield World(
             rank=roster.rank,
             size=roster.size,
@@ -116,6 +128,8 @@ def join(
         )
     finally:
         if dist.is_initialized():
+            if _IS_OLD:
+                _ended.extend(dist.distributed_c10d._world.pg_map)  # noqa: SLF001 - also a step's second
             dist.destroy_process_group()
         else:
             # torch numbers a process's groups, whose ranks look for each other under that number.
@@ -142,18 +156,12 @@ def naming_lost_peers() -> Iterator[None]:
     except dist.DistError as error:
         raise PeerLostError(f"another rank is gone: {error}") from error
     except RuntimeError as error:
-        if "gloo" not in str(error).lower() and "Connection" not in str(error):
+        if not any(word in str(error).lower() for word in _OF_GLOO):
             raise
-        # A place in brackets, what happened, and sentences of general advice.
-        text = str(error).splitlines()[0]
+        # A place in brackets, what happened, and sentences of general advice; in a callback, more.
+        text = str(error).splitlines()[0].rpartition("RuntimeError: ")[2]
         reason = (text.partition("] ")[2] or text).split(". ")[0]
         raise PeerLostError(f"another rank is gone ({reason})") from error
-
-
-def _limit_collectives(seconds: float) -> None:
-    """Set how long a collective may take; while the group is built it is far less."""
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # noqa: SLF001
-    set_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def device_of(name: str, *, local_rank: int) -> torch.device:
