@@ -20,10 +20,7 @@ from fmnist_dist.distributed.watched import WatchedStore
 from fmnist_dist.errors import PeerLostError, UsageError
 
 _GLOO_TRIES = 5  # to connect to a peer, each for the whole time-out (torch 2.14.1)
-# What tells gloo's errors from others'. The last one has no place in the source before it: all that
-# waits on a connection that was given up, or closed by torch 2.6.
-_OF_GLOO = ("gloo", "connection", "pair closure")
-# Older torch (2.6 and 2.7 were tried) differs in two ways that would cost much:
+# With gloo, older torch (2.6 and 2.7 were tried) differs in two ways that would cost much:
 # - The end of a group waits for its threads with Python's lock held, which they need to let go of
 #   tensors. After a collective that has failed it would wait for ever. So groups stay: some idle
 #   threads and closed connections for each heal.
@@ -106,7 +103,9 @@ def join(
     before = set(open_sockets().values())
     watched = WatchedStore(dist.PrefixStore(f"group/{generation}", store), check)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    build_seconds = limits.BUILD_SECONDS / (_GLOO_TRIES if backend == "gloo" else 1)
+    tries = _GLOO_TRIES if backend == "gloo" else 1
+    is_old_gloo = _IS_OLD and backend == "gloo"
+    seconds = limits.COLLECTIVE_SECONDS if is_old_gloo else limits.BUILD_SECONDS / tries
     try:
         with naming_lost_peers():
             dist.init_process_group(
@@ -114,10 +113,9 @@ def join(
                 store=watched if roster.size > 1 else dist.HashStore(),
                 rank=roster.rank,
                 world_size=roster.size,
-                timeout=timedelta(seconds=limits.COLLECTIVE_SECONDS if _IS_OLD else build_seconds),
+                timeout=timedelta(seconds=seconds),
             )
-            if not _IS_OLD:
-                dist.set_timeout(timedelta(seconds=limits.COLLECTIVE_SECONDS), dist.group.WORLD)
+            _limit_collectives(limits.COLLECTIVE_SECONDS)
         yield World(
             rank=roster.rank,
             size=roster.size,
@@ -128,7 +126,7 @@ def join(
         )
     finally:
         if dist.is_initialized():
-            if _IS_OLD:
+            if is_old_gloo:
                 _ended.extend(dist.distributed_c10d._world.pg_map)  # noqa: SLF001 - also a step's second
             dist.destroy_process_group()
         else:
@@ -149,19 +147,27 @@ def alone(device: torch.device) -> Iterator[World]:
 def naming_lost_peers() -> Iterator[None]:
     """Turn what a collective raises when another rank has gone into a `PeerLostError`.
 
-    NCCL raises `DistError`; gloo a bare RuntimeError that only its text tells from a bug.
+    NCCL raises `DistError`; gloo a bare RuntimeError that only its text tells from a bug. Where one
+    collective has timed out, those beside it say "pair closure", and not where.
     """
     try:
         yield
     except dist.DistError as error:
         raise PeerLostError(f"another rank is gone: {error}") from error
     except RuntimeError as error:
-        if not any(word in str(error).lower() for word in _OF_GLOO):
+        is_gloos = "gloo" in str(error).lower()
+        if not is_gloos and not any(word in str(error) for word in ("Connection", "pair closure")):
             raise
         # A place in brackets, what happened, and sentences of general advice; in a callback, more.
         text = str(error).splitlines()[0].rpartition("RuntimeError: ")[2]
         reason = (text.partition("] ")[2] or text).split(". ")[0]
         raise PeerLostError(f"another rank is gone ({reason})") from error
+
+
+def _limit_collectives(seconds: float) -> None:
+    """Set how long a collective may take; while the group is built it is far less."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # noqa: SLF001
+    set_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def device_of(name: str, *, local_rank: int) -> torch.device:
