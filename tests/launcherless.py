@@ -2,21 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from alone import FLAGS
 from in_process import clean_environ
-from jobs import ROOT, alive
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+from jobs import ROOT, alive, free_port
 
 
 class Launcherless:

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 from agent import ALONE, Agent, agent_code
-from jobs import ROOT
+from jobs import ROOT, free_port
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from fmnist_dist.checkpoint.place import Place
@@ -314,9 +314,7 @@ def test_whatever_a_worker_has_written_last_is_read_or_let_alone(
 @pytest.fixture
 def metrics_port() -> int:
     """Serve on a free port of all addresses; return it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     metrics.serve(port, metrics.Metrics, Mock(), Mock())  # type: ignore[arg-type]
     return port
 

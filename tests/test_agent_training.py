@@ -15,7 +15,7 @@ import jobs
 import pytest
 from agent import ALONE, SHORT, Agent, at, children_of
 from alone import FLAGS, files_of_undisturbed
-from jobs import ROOT, alive, files_of_newest, ledger, reached, show, wait_for
+from jobs import ROOT, alive, files_of_newest, free_port, ledger, reached, show, wait_for
 from run_files import assert_sound, checkpoints
 
 from fmnist_dist.errors import ExitCode
@@ -58,12 +58,6 @@ def assert_same(run: Path, undisturbed: dict[str, str], *, lost_steps: list[int 
     assert_sound(run)
     proof = ledger(run)
     assert proof.returncode == 0, proof.stdout + proof.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def get(port: int, page: str) -> tuple[int, str]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from jobs import wait_for
+from jobs import free_port, wait_for
 
 from fmnist_dist import limits
 from fmnist_dist.distributed.connection import Connection, StoreLostError
@@ -86,9 +85,7 @@ def test_a_late_answer_is_never_taken_for_that_of_another_call(server: Server) -
 
 
 def test_a_store_that_is_not_there_is_named_with_its_address() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "STORE_SECONDS", 1.0)
         with pytest.raises(TransientError, match=f"127.0.0.1:{port} did not answer in 1 s"):

@@ -18,8 +18,19 @@ from unittest import mock
 import pytest
 from alone import FLAGS, Alone
 from in_process import clean_environ, in_child, small_run
-from jobs import ROOT, Job, alive, files_of_newest, ledger, reached, show, wait_for, wait_for_step
-from launcherless import Launcherless, free_port
+from jobs import (
+    ROOT,
+    Job,
+    alive,
+    files_of_newest,
+    free_port,
+    ledger,
+    reached,
+    show,
+    wait_for,
+    wait_for_step,
+)
+from launcherless import Launcherless
 from run_files import Folder, assert_sound, bodies, checkpoints, records
 from running import running
 

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from jobs import reached, show, wait_for
+from jobs import free_port, reached, show, wait_for
 
 from fmnist_dist.errors import ExitCode
 from launch.agent.arguments import parse
@@ -169,13 +168,10 @@ def test_a_run_goes_on_where_its_job_was_preempted(slurm: Slurm, tmp_path: Path)
     """One node, and real agents and workers: `srun` runs what it is given."""
     (slurm.folder / "srun").write_text('#!/bin/bash\nexec "${@:3}"\n')
     (slurm.folder / "scontrol").write_text(SCONTROL.replace("node3\\nnode7", "127.0.0.1"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     run = tmp_path / "run"
     flags = [f"--run-dir={run}", "--batch-size=64", "--device=cpu", "--eval-every-epochs=99"]
     environment = {"PYTHON": sys.executable, "SLURM_JOB_NUM_NODES": "1"}
-    environment |= {"RENDEZVOUS_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    environment |= {"RENDEZVOUS_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
     environment["SLURM_SUBMIT_DIR"] = str(ROOT)
 
     with slurm.start(*flags, "--max-steps=1000000", **environment) as process:

@@ -10,17 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from jobs import ROOT
+from jobs import ROOT, free_port
 
 LIMIT_SECONDS = 120
 SAYS = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)"
-
-
-def free_port() -> int:
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port: int = chosen.getsockname()[1]
-        return port
 
 
 @contextmanager
